@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,7 +122,28 @@ def workloads(draw):
 @settings(max_examples=25, deadline=None)
 @given(workloads())
 def test_backend_equals_dense_attention(case, workload):
-    prompts, page_size, grouping = workload
+    check_workload(case, *workload)
+
+
+@pytest.mark.parametrize("case", [each for each in CASES if each.values[0].backend == "flashinfer_paged"])
+@pytest.mark.parametrize("fewest", [1, 40])
+def test_keys_that_are_copied_out_of_their_pages(case, fewest, monkeypatch):
+    """Those of prompts and of prefixes, in full pages and in others; with 40, not all are copied."""
+    if case.device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    for name, value in {"COPIED_ROWS": fewest, "LONG_PREFILL": 1, "TILE_QUERIES": 1}.items():
+        monkeypatch.setattr(f"tokabatch.attention.flashinfer_paged.{name}", value)
+    module, copies = import_module("tokabatch.attention.flashinfer_paged"), []
+    copy_out = module.copy_out
+    monkeypatch.setattr(module, "copy_out", lambda *args: (copies.append(len(args[1])), copy_out(*args)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=1))
+    head = [i % 4 for i in range(70)]
+    check_workload(case, [[*head, *[index] * (5 * index + 1)] for index in range(4)], 16, GroupingLimits(1, 1))
+    assert copies
+
+
+def check_workload(case: Case, prompts: list[list[int]], page_size: int, grouping: GroupingLimits | None) -> None:
+    """Every step of the prompts' samples, against dense attention."""
     params = SamplingParams(n=3, max_tokens=6)
     longest = max(map(len, prompts)) + 6
     limits = SchedulerLimits(page_size, 400, 7, 20, -(-longest // page_size), grouping)

@@ -46,6 +46,19 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         self._keep(queries, indptr, indices, last_length, causal)
 
 
+class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefillWithPagedKVCacheWrapper):
+    """Keys and values [keys, K, D] (NHD), given as pages of one key."""
+
+    def __init__(self, workspace: torch.Tensor, layout: str, **options: Any) -> None:
+        assert layout == "NHD"
+
+    def plan(self, queries, offsets, heads, kv_heads, dim, *, causal: bool, **types: Any) -> None:
+        self._keep(queries, offsets, torch.arange(int(offsets[-1])), torch.ones(len(offsets) - 1).int(), causal)
+
+    def run(self, q_NHD: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **where: Any) -> Any:
+        return super().run(q_NHD, (k[:, :, None], v[:, :, None]), **where)
+
+
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
     def plan(self, indptr, indices, last_length, heads, kv_heads, dim, page, **types: Any) -> None:
         self._keep(torch.arange(len(indptr)), indptr, indices, last_length, causal=False)

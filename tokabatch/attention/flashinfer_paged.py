@@ -6,22 +6,26 @@ runs are a causal prefill over their own pages, and the decode runs are one call
 levels (`triton_decode`, or FlashInfer's decode kernel if contexts are long). States are merged by log-sum-exp, which is in base
 2 throughout, as the kernels return it.
 
+Where many queries read the same keys, these are first copied out of their pages: the kernel for Hopper GPUs (fa3) brings keys
+that lie next to each other to shared memory in boxes (TMA), but collects those in pages row by row.
+
 Shapes: T tokens of the step, H query heads, K key-value heads, D head dimension, P page size, N passes of one kernel call.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import flashinfer
 import numpy as np
 import torch
 
-from tokabatch.arrays import Int32
+from tokabatch.arrays import Int32, Int64
 from tokabatch.attention.base import KVShape, token_slots
 from tokabatch.attention.triton_decode import decode
-from tokabatch.attention.triton_page_store import PageStore
+from tokabatch.attention.triton_page_store import PageStore, copy_list, copy_out
 from tokabatch.attention.upload import Outbox, Parcel
 from tokabatch.scheduling.contracts import PrefixLevel, StepBatch
 
@@ -36,10 +40,26 @@ TILE_QUERIES = 128
 LONG_PREFILL = 512
 """Mean queries from which causal passes use the prefill kernel for Hopper GPUs (fa3): its plan takes 1.3 ms on the host, that
 of the generic kernel (fa2) 0.15 ms."""
+COPIED_ROWS = 4096
+"""Rows for each key, on average, from which the keys are copied out of their pages; a row is a query with one of the query
+heads of a key-value head. On an H200, 8,192 queries of 32 heads and 32,768 keys then take 4.2 ms for 4.8 with heads of 64
+dimensions, 6.2 for 7.6 with heads of 128."""
+COPIED_BYTES = 256 << 20
+"""The most bytes of keys and values that are copied for one kernel call."""
 
-Wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper | flashinfer.BatchDecodeWithPagedKVCacheWrapper
+PrefillWrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper | flashinfer.BatchPrefillWithRaggedKVCacheWrapper
+Wrapper = PrefillWrapper | flashinfer.BatchDecodeWithPagedKVCacheWrapper
 State = tuple[torch.Tensor, torch.Tensor]
 """Outputs [N, H, D] and their log-sum-exp [N, H], base 2."""
+
+
+class _Kernel(Enum):
+    """The kernel of a prefill call: the generic one, the one for Hopper GPUs, and the latter over keys copied out of their
+    pages."""
+
+    FA2 = "fa2"
+    FA3 = "fa3"
+    FA3_COPIED = "fa3, copied"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +72,9 @@ class _CallPasses:
     last_length: Int32
     keys: Int32
     causal: bool
+    kernel: _Kernel
+    copied: Parcel | None
+    """What `copy_out` copies for `_Kernel.FA3_COPIED`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +130,13 @@ class FlashInferPagedAttention:
         self.cache = self._store.cache
         self._num_cores = torch.cuda.get_device_properties(device).multi_processor_count
         self._has_fa3 = torch.cuda.get_device_capability(device)[0] == 9 and self.kv_dtype == dtype
+        row_bytes = 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+        most = COPIED_BYTES // row_bytes if self._has_fa3 else 0
+        self._copied = torch.empty(2, most, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=device)
+        if self._has_fa3:
+            # Compiles it, so that no step has to: no row is copied.
+            nothing = torch.zeros(1, 3, dtype=torch.int32, device=device)
+            copy_out((self.cache.k_LNKPD[0], self.cache.v_LNKPD[0]), nothing, self._copied)
         # All wrappers share one workspace: their kernels run one after another on one stream.
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._sets = [_Wrappers(self._workspace) for _ in range(RING)]
@@ -163,24 +193,46 @@ class FlashInferPagedAttention:
             lse.fill_(-torch.inf)
         for level, wrapper in zip(levels, planned.levels, strict=True):
             if level is levels[0] and section.is_covered:
-                wrapper.run(q_THD[span], cache, out=out, lse=lse, return_lse=True)
+                self._run(wrapper, level.passes, q_THD[span], cache, (out, lse))
             elif level.gaps is None:
-                state = _run(wrapper, q_THD[level.span], cache)
+                state = self._state(wrapper, level.passes, q_THD[level.span], cache)
                 flashinfer.merge_state_in_place(out_THD[level.span], lse_TH[level.span], *state)
             else:
                 tokens = level.gaps.tensor
-                state = _run(wrapper, q_THD[tokens], cache)
+                state = self._state(wrapper, level.passes, q_THD[tokens], cache)
                 merged = flashinfer.merge_state(out_THD[tokens], lse_TH[tokens], *state)
                 out_THD[tokens], lse_TH[tokens] = merged
         if planned.own is None:
             assert section.skip is not None
             place = self._slot_T[span], self._position_T[span], section.skip.tensor
             decode(q_THD[span], cache, self.cache.table, *place, out, lse if levels else None)
-        elif levels:
-            state = _run(planned.own, q_THD[span], cache)
+            return
+        assert section.own is not None
+        if levels:
+            state = self._state(planned.own, section.own, q_THD[span], cache)
             flashinfer.merge_state_in_place(out, lse, *state)
         else:
-            planned.own.run(q_THD[span], cache, out=out)
+            self._run(planned.own, section.own, q_THD[span], cache, (out, None))
+
+    def _state(self, wrapper: Wrapper, passes: _CallPasses, q_NHD: torch.Tensor, cache: State) -> State:
+        """Return the state of one kernel call. FlashInfer would zero outputs that it allocates itself; these are not zeroed."""
+        state = torch.empty_like(q_NHD), torch.empty(q_NHD.shape[:2], dtype=torch.float32, device=q_NHD.device)
+        self._run(wrapper, passes, q_NHD, cache, state)
+        return state
+
+    def _run(
+        self,
+        wrapper: Wrapper,
+        passes: _CallPasses,
+        q_NHD: torch.Tensor,
+        cache: State,
+        state: tuple[torch.Tensor, torch.Tensor | None],
+    ) -> None:
+        keys: tuple[torch.Tensor | State, ...] = (cache,)
+        if passes.copied is not None:
+            copy_out(cache, passes.copied.tensor, self._copied)
+            keys = tuple(self._copied[:, : int(passes.keys.sum())])
+        wrapper.run(q_NHD, *keys, out=state[0], lse=state[1], return_lse=state[1] is not None)
 
     def _section(self, step: StepBatch, part: slice, span: slice, outbox: Outbox) -> _StepSection:
         levels = tuple(
@@ -195,22 +247,21 @@ class FlashInferPagedAttention:
         fills = len(keys) * self.shape.num_kv_heads >= 2 * self._num_cores
         if is_decode and (fills or keys.mean() <= LONG_CONTEXT):
             return _StepSection(span, levels, None, outbox.add(skip))
-        indptr, indices, _ = self._page_ids(step.run_slot[part], skip, -(-stop // size), outbox)
-        own = _CallPasses(step.run_length[part], indptr, indices, (stop - 1) % size + 1, keys, causal=not is_decode)
+        page_ids = self._page_ids(step.run_slot[part], skip, -(-stop // size), outbox)
+        own = self._passes(step.run_length[part], page_ids, keys, causal=not is_decode, outbox=outbox)
         return _StepSection(span, levels, own, None)
 
     def _level(self, level: PrefixLevel, outbox: Outbox) -> _Level:
         queries = level.token_stop - level.token_start
-        indptr, indices, pages = self._page_ids(level.slot, level.page_start, level.page_stop, outbox)
-        full = np.full(len(level.slot), self.shape.page_size, np.int32)
+        page_ids = self._page_ids(level.slot, level.page_start, level.page_stop, outbox)
         keys = (level.page_stop - level.page_start) * self.shape.page_size
         span = slice(int(level.token_start[0]), int(level.token_stop[-1]))
         gaps = None
         if int(queries.sum()) != span.stop - span.start:
             shift = np.repeat(level.token_start - (np.cumsum(queries) - queries), queries)
             gaps = outbox.add(np.arange(int(queries.sum()), dtype=np.int64) + shift)
-        unchanged = b"|".join((queries.tobytes(), indptr.tobytes(), pages.tobytes()))
-        return _Level(span, gaps, _CallPasses(queries, indptr, indices, full, keys, causal=False), unchanged)
+        unchanged = b"|".join((queries.tobytes(), page_ids[0].tobytes(), page_ids[2].tobytes()))
+        return _Level(span, gaps, self._passes(queries, page_ids, keys, causal=False, outbox=outbox), unchanged)
 
     def _page_ids(self, slots: Int32, first: Int32, last: Int32, outbox: Outbox) -> tuple[Int32, Parcel, Int32]:
         """Return `page_table[slot, first : last]` of N passes: offsets [N + 1], the concatenated page ids as sent to the
@@ -228,42 +279,57 @@ class FlashInferPagedAttention:
             return _Planned(section, levels, None)
         if own.causal:
             return _Planned(section, levels, self._plan_prefill(own, wrappers))
-        keys, types = self._plan_arguments(own)
-        wrappers.decoder.plan(*keys, **types)
+        wrappers.decoder.plan(*self._keys(own), **self._types(own))
         return _Planned(section, levels, wrappers.decoder)
 
-    def _wants_fa3(self, passes: _CallPasses) -> bool:
-        """Return whether the prefill kernel for Hopper GPUs is faster: see `TILE_QUERIES` and `LONG_PREFILL`."""
-        fewest = LONG_PREFILL if passes.causal else TILE_QUERIES
-        if not self._has_fa3 or float(passes.queries.mean()) < fewest:
-            return False
-        programs = int((-(-passes.queries // TILE_QUERIES)).sum()) * self.shape.num_heads
-        return programs >= self._num_cores
+    def _passes(
+        self, queries: Int32, page_ids: tuple[Int32, Parcel, Int32], keys: Int32, *, causal: bool, outbox: Outbox
+    ) -> _CallPasses:
+        indptr, indices, pages = page_ids
+        kernel = self._kernel(queries.astype(np.int64), keys.astype(np.int64), causal)
+        copied = outbox.add(copy_list(pages, keys, self.shape.page_size)) if kernel is _Kernel.FA3_COPIED else None
+        return _CallPasses(queries, indptr, indices, (keys - 1) % self.shape.page_size + 1, keys, causal, kernel, copied)
+
+    def _kernel(self, queries: Int64, keys: Int64, causal: bool) -> _Kernel:
+        """Return the fastest kernel for prefill: see `TILE_QUERIES`, `LONG_PREFILL` and `COPIED_ROWS`."""
+        fewest = LONG_PREFILL if causal else TILE_QUERIES
+        programs = int((-(-queries // TILE_QUERIES)).sum()) * self.shape.num_heads
+        if not self._has_fa3 or float(queries.mean()) < fewest or programs < self._num_cores:
+            return _Kernel.FA2
+        seen = keys - (queries - 1) / 2 if causal else keys
+        rows = float((queries * seen).sum()) * (self.shape.num_heads // self.shape.num_kv_heads)
+        num_keys = int(keys.sum())
+        is_worth = rows >= COPIED_ROWS * num_keys and num_keys <= self._copied.shape[1]
+        return _Kernel.FA3_COPIED if is_worth else _Kernel.FA3
 
     def _plan_prefill(self, passes: _CallPasses, wrappers: _Wrappers, unchanged: bytes = b"") -> Wrapper:
         """Plan the step's next prefill wrapper, unless it already holds the plan of the same `unchanged` bytes: groups do not
         change while samples only decode. A plan without them is not used again."""
-        kept = wrappers.prefill(self._wants_fa3(passes))
+        kept = wrappers.prefill(passes.kernel)
         if not unchanged or kept.planned != unchanged:
             kept.planned = b""
-            keys, types = self._plan_arguments(passes)
-            kept.wrapper.plan(_host(np.append(0, np.cumsum(passes.queries))), *keys, causal=passes.causal, **types)
+            kept.wrapper.plan(_offsets(passes.queries), *self._keys(passes), causal=passes.causal, **self._types(passes))
             kept.planned = unchanged
         return kept.wrapper
 
-    def _plan_arguments(self, passes: _CallPasses) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments that the plans of all wrappers have in common: the keys and the sizes, and the data types."""
-        shape, lists = self.shape, (_host(passes.indptr), passes.indices.tensor, _host(passes.last_length))
-        sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.page_size
-        types = {"q_data_type": self.dtype, "kv_data_type": self.kv_dtype, "seq_lens": _host(passes.keys)}
-        return (*lists, *sizes), types
+    def _keys(self, passes: _CallPasses) -> tuple[torch.Tensor | int, ...]:
+        """Return the arguments of a plan that say which keys there are, and of which sizes."""
+        shape = self.shape
+        sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        if passes.copied is not None:
+            return _offsets(passes.keys), *sizes
+        return _host(passes.indptr), passes.indices.tensor, _host(passes.last_length), *sizes, shape.page_size
+
+    def _types(self, passes: _CallPasses) -> dict[str, Any]:
+        types = {"q_data_type": self.dtype, "kv_data_type": self.kv_dtype}
+        return types if passes.copied is not None else {**types, "seq_lens": _host(passes.keys)}
 
 
 @dataclass(slots=True)
 class _Kept:
     """A prefill wrapper and the `_Level.unchanged` of its plan; empty if the plan cannot be used again."""
 
-    wrapper: flashinfer.BatchPrefillWithPagedKVCacheWrapper
+    wrapper: PrefillWrapper
     planned: bytes = b""
 
 
@@ -274,27 +340,27 @@ class _Wrappers:
     def __init__(self, workspace: torch.Tensor) -> None:
         self._workspace = workspace
         self.decoder = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-        self._prefill: dict[bool, list[_Kept]] = {False: [], True: []}
-        self._used = {False: 0, True: 0}
+        self._prefill: dict[_Kernel, list[_Kept]] = {kernel: [] for kernel in _Kernel}
+        self._used = dict.fromkeys(_Kernel, 0)
 
     def begin(self) -> None:
         """Begin a new step, which uses the wrappers from the first one on."""
-        self._used = {False: 0, True: 0}
+        self._used = dict.fromkeys(_Kernel, 0)
 
-    def prefill(self, fa3: bool) -> _Kept:
-        """Return the step's next wrapper of the generic kernel (fa2) or of that for Hopper GPUs (fa3)."""
-        kept, place = self._prefill[fa3], self._used[fa3]
+    def prefill(self, kernel: _Kernel) -> _Kept:
+        """Return the step's next wrapper of a kernel."""
+        kept, place = self._prefill[kernel], self._used[kernel]
         if place == len(kept):
-            backend = "fa3" if fa3 else "fa2"
-            kept.append(_Kept(flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=backend)))
-        self._used[fa3] += 1
+            if kernel is _Kernel.FA3_COPIED:
+                kept.append(_Kept(flashinfer.BatchPrefillWithRaggedKVCacheWrapper(self._workspace, "NHD", backend="fa3")))
+            else:
+                kept.append(_Kept(flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND", backend=kernel.value)))
+        self._used[kernel] += 1
         return kept[place]
 
 
-def _run(wrapper: Wrapper, q_NHD: torch.Tensor, cache: State) -> State:
-    """Return the state of one kernel call. FlashInfer would zero outputs that it allocates itself; these are not zeroed."""
-    lse_NH = torch.empty(q_NHD.shape[:2], dtype=torch.float32, device=q_NHD.device)
-    return wrapper.run(q_NHD, cache, out=torch.empty_like(q_NHD), lse=lse_NH, return_lse=True)
+def _offsets(lengths: Int32) -> torch.Tensor:
+    return _host(np.append(0, np.cumsum(lengths)))
 
 
 def _host(values: np.ndarray) -> torch.Tensor:

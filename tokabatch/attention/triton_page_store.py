@@ -1,6 +1,8 @@
 """The paged KV cache on a GPU: keys, values and the page table, and the changes that a step makes to them.
 
 Pages are copied for all layers in one launch: thousands of samples may branch off a prompt in one step, each copying a page.
+Keys and values can also be copied out of their pages, for kernels that read them faster where they lie next to each other.
+
 Imports triton: only a GPU backend loads this module. Shapes: L layers, N pages, K key-value heads, P page size, D head dim.
 """
 
@@ -11,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tokabatch.arrays import Int32
 from tokabatch.attention.base import KVShape
 from tokabatch.attention.capturable import PagedCache
 from tokabatch.attention.upload import Outbox
@@ -32,6 +35,23 @@ def _copy(k_ptr, v_ptr, source_ptr, target_ptr, layer_bytes, page_bytes, num_lay
         v = tl.load(v_ptr + source + place, mask=inside)
         tl.store(k_ptr + target + place, k, mask=inside)
         tl.store(v_ptr + target + place, v, mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["list_ptr"])
+def _copy_out(
+    k_ptr, v_ptr, k_out_ptr, v_out_ptr, list_ptr, page_stride, num_kv_heads,
+    DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy the keys and values of one head of one page."""
+    index, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
+    page = tl.load(list_ptr + index * 3).to(tl.int64)
+    row, count = tl.load(list_ptr + index * 3 + 1).to(tl.int64), tl.load(list_ptr + index * 3 + 2)
+    at = tl.arange(0, BLOCK)
+    inside = at < count * DIM
+    source = page * page_stride + head * PAGE * DIM + at
+    target = (row + at // DIM) * num_kv_heads * DIM + head * DIM + at % DIM
+    tl.store(k_out_ptr + target, tl.load(k_ptr + source, mask=inside), mask=inside)
+    tl.store(v_out_ptr + target, tl.load(v_ptr + source, mask=inside), mask=inside)
 
 
 class PageStore:
@@ -76,3 +96,24 @@ def copy_pages(k_LNKPD: torch.Tensor, v_LNKPD: torch.Tensor, source: torch.Tenso
     if len(source):
         grid = (len(source) * layers,)
         _copy[grid](k, v, source, target, k.stride(0), k.stride(1), layers, BLOCK=_BLOCK, num_warps=4)
+
+
+def copy_list(pages: Int32, keys: Int32, page_size: int) -> Int32:
+    """Return what `copy_out` copies, [C, 3]: each page, its first row and its number of rows. `pages` are the pages of one
+    context after the other, `keys` the keys of each context, whose last page may not be full."""
+    count = -(-keys // page_size)
+    of = np.repeat(np.arange(len(keys)), count)
+    first = (np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)) * page_size
+    row = (np.cumsum(keys) - keys)[of] + first
+    return np.stack((pages, row, np.minimum(page_size, keys[of] - first)), axis=1).astype(np.int32)
+
+
+def copy_out(cache: tuple[torch.Tensor, torch.Tensor], pages_C3: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy keys and values, each [N, K, P, D], to `out[0]` and `out[1]`, each [rows, K, D], as `copy_list` says."""
+    k_NKPD, v_NKPD = cache
+    _, num_kv_heads, page_size, head_dim = k_NKPD.shape
+    assert k_NKPD[0].is_contiguous() and k_NKPD.stride() == v_NKPD.stride() and out.is_contiguous()
+    _copy_out[(len(pages_C3) * num_kv_heads,)](
+        k_NKPD, v_NKPD, out[0], out[1], pages_C3, k_NKPD.stride(0), num_kv_heads,
+        DIM=head_dim, PAGE=page_size, BLOCK=triton.next_power_of_2(page_size * head_dim), num_warps=4,
+    )  # fmt: skip

@@ -19,7 +19,7 @@ from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.sampling.sampler import sample
 from tokabatch.model.sampling.slot_table import SlotTable
 
-RESERVED_BYTES = 2 << 30
+RESERVED_BYTES = 9 << 28
 """Bytes for attention's scratch, captured graphs, pinned copies of a few steps, and other libraries."""
 PENALTY_BYTES = 1 << 30
 """Bytes of scratch for penalties (`model.sampling.penalties`)."""
