@@ -136,7 +136,6 @@ def test_keys_that_are_copied_out_of_their_pages(case, fewest, monkeypatch):
     module, copies = import_module("tokabatch.attention.flashinfer_paged"), []
     copy_out = module.copy_out
     monkeypatch.setattr(module, "copy_out", lambda *args: (copies.append(len(args[1])), copy_out(*args)))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=1))
     head = [i % 4 for i in range(70)]
     check_workload(case, [[*head, *[index] * (5 * index + 1)] for index in range(4)], 16, GroupingLimits(1, 1))
     assert copies
