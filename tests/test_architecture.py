@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ import tokabatch
 
 PACKAGE = Path(tokabatch.__file__).parent
 CONTRACTS = "scheduling.contracts"
-LEAVES = {"errors", "arrays", CONTRACTS, "job"}
+LEAVES = {"errors", "arrays", "number_text", CONTRACTS, "job"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "arrays": set(),
+    "number_text": set(),
     CONTRACTS: {"arrays"},
     "job": LEAVES,
     "openai": LEAVES,
@@ -60,6 +63,7 @@ WITHOUT_TORCH = {
     "cluster",
     "errors",
     "arrays",
+    "number_text",
     CONTRACTS,
     "job",
     "openai",
@@ -181,6 +185,32 @@ def test_only_the_command_line_prints_or_exits():
             assert not (isinstance(called, ast.Name) and called.id == "print"), f"{file}:{node.lineno} prints"
             exits = isinstance(called, ast.Attribute) and called.attr == "exit" and ast.unparse(called.value) == "sys"
             assert not exits, f"{file}:{node.lineno} exits"
+
+
+COUNTED = (
+    "byte character column device error file GPU head id layer line model page prompt rank replica request result row sample "
+    "space stage step text token verdict"
+).split()
+PLURAL = re.compile(rf" (?:(?!(?:and|for|has|of|takes|while|with) )[a-zA-Z]+ )?(?:{'|'.join(COUNTED)})s\b")
+
+
+def test_messages_with_one_of_a_kind_have_no_plural():
+    """A number and what it counts are written by `number_text.counted`, which writes `1 row`; a limit that is a constant,
+    and `a x b devices`, are never 1."""
+    found: list[str] = []
+    for file in files():
+        for node in ast.walk(ast.parse(file.read_text())):
+            for value, text in itertools.pairwise(node.values if isinstance(node, ast.JoinedStr) else ()):
+                if isinstance(value, ast.FormattedValue) and isinstance(text, ast.Constant) and PLURAL.match(str(text.value)):
+                    number = ast.unparse(value.value)
+                    words = str(text.value)
+                    if not number.isupper() and number not in NOT_NUMBERS and " x " not in ast.unparse(node):
+                        found.append(f"{file.relative_to(PACKAGE)}:{value.lineno}: {number}{words[:20]}")
+    assert found == []
+
+
+NOT_NUMBERS = {"found", "its", "kind", "len(hidden_TE)", "' and '.join(found)"}
+"""Words, and the tokens of a padded step."""
 
 
 SWALLOWING = {"exists", "is_file", "is_dir", "is_symlink", "glob", "rglob", "lexists", "isfile", "isdir", "walk", "rmtree"}

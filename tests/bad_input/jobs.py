@@ -213,7 +213,7 @@ BAD_JOBS = [
     BadJob("no YAML", _text("a: [1"), "not valid YAML"),
     BadJob("n is 0", _keys(generation={"n": 0}), r"generation\.n: .*0"),
     BadJob("n without end", _keys(generation={"n": 2_000_000_000}), r"generation\.n: .*1,000,000 \(repeat the row"),
-    BadJob("more samples than a run notes", _many_samples, r"generation\.n: the 1,001 rows come to 1,001,000,000 samples"),
+    BadJob("more samples than a run notes", _many_samples, r"generation\.n: 1,001 rows come to 1,001,000,000 samples"),
     BadJob("top_p is 0", _keys(generation={"top_p": 0.0}), r"generation\.top_p"),
     BadJob("top_p above 1", _keys(generation={"top_p": 1.01}), r"generation\.top_p"),
     BadJob("NaN temperature", _keys(generation={"temperature": float("nan")}), r"generation\.temperature"),
@@ -252,7 +252,7 @@ BAD_JOBS = [
     # The model
     BadJob("no model", _no_model, "no such folder"),
     BadJob("a file as the model", _model_file, "is a file"),
-    BadJob("missing shard", _missing_shard, r"1 of 2 weight files are missing: model-2\.safetensors"),
+    BadJob("missing shard", _missing_shard, r"1 weight file is missing of 2: model-2\.safetensors"),
     BadJob("shard without its tensor", _shard_without_its_tensor, r"model-2\.safetensors: tensor .* is not in the file"),
     BadJob("index that leaves the folder", _index_that_leaves_the_folder, r"'\.\./model-2\.safetensors' is not a file name"),
     BadJob("truncated weights", _truncated, r"model\.safetensors: truncated: [\d,]+ of [\d,]+ bytes"),

@@ -69,7 +69,7 @@ BAD_ROWS = [
     ),
     BadRow("too long", _row(prompt="x" * 600), "prompt_too_long", "600 tokens and max_tokens is 3, together 603.* is 512"),
     BadRow("too long with max_tokens", _row(prompt="x" * 510), "prompt_too_long", "510 tokens.*together 513.* is 512"),
-    BadRow("20 MB", _row(prompt="x" * 20_000_000), "prompt_too_long", "20000000 characters .* context is 512"),
+    BadRow("20 MB", _row(prompt="x" * 20_000_000), "prompt_too_long", "20,000,000 characters .* context is 512"),
     BadRow("n is 0", _params(n=0), "bad_sampling", "n: .*0"),
     BadRow("n is negative", _params(n=-3), "bad_sampling", "n: .*-3"),
     BadRow("n without end", _params(n=2_000_000_000), "bad_sampling", r"n: .*1,000,000 \(repeat the row"),

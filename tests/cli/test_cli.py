@@ -21,7 +21,7 @@ import pytest
 
 from tokabatch.cli import commands
 from tokabatch.errors import EngineError
-from tokabatch.report.sections import seconds_text
+from tokabatch.number_text import seconds_text
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "jobs/quickstart.yaml"

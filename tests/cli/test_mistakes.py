@@ -334,7 +334,7 @@ MISTAKES = [
     (("run", Q, "--shared", "--overwrite"), "use --overwrite, --retry-errors or --repair in a run without --shared"),
     (("plan", Q, "engine.device=cuda"), "torch sees no GPU; write auto or cpu, or install a CUDA build of torch"),
     (("plan", Q, "model.quantization=fp8"), "needs an NVIDIA GPU .*; remove it here"),
-    (("plan", Q, "generation.max_tokens=9999"), "context is 2048 tokens, prompt included; write a smaller number"),
+    (("plan", Q, "generation.max_tokens=9999"), "context is 2,048 tokens, prompt included; write a smaller number"),
     (("plan", Q, "engine.process=false", "engine.replicas=2"), "remove engine.process: false"),
     (("export", "jobs", "--to", "none/a.jsonl"), "the folder none does not exist; create it first"),
     (("export", "nothing", "--to", "a.csv", "--format", "xml"), "--format xml: accepts jsonl, csv, parquet or openai"),

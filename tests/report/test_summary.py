@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from tokabatch.job import Setting
+from tokabatch.number_text import counted, first_counted, seconds_text
 from tokabatch.report.folder_state import status_sections
 from tokabatch.report.plan_report import HostFacts, ModelFacts, PlanReport, ReplicaFacts, plan_sections
 from tokabatch.report.render import plain, tables
-from tokabatch.report.sections import Section, seconds_text
+from tokabatch.report.sections import Section
 from tokabatch.report.summary import RunSummary, run_sections, verdict_sections
 from tokabatch.scoring.estimates import Estimate
 
@@ -68,7 +69,7 @@ class TestRunSummary:
 
     def test_figures_of_a_part_say_so(self) -> None:
         part = facts(run_sections(replace(SUMMARY, ok=40, estimates=())))
-        assert part["no estimate"].startswith("50 of 400 samples are there; short samples finish first")
+        assert part["no estimate"].startswith("50 of 400 samples so far; short samples finish first")
         assert "no estimate" not in facts(run_sections(SUMMARY))
 
     def test_no_row_at_all(self) -> None:
@@ -87,7 +88,7 @@ class TestRunSummary:
         assert "right" not in facts(run_sections(replace(SUMMARY, estimates=alike)))
 
     def test_worrying_facts_come_first(self) -> None:
-        assert "10 of 400 samples (2.5%) are errors" in facts(run_sections(SUMMARY))["result"]
+        assert "with 10 errors in 400 samples (2.5%), more than" in facts(run_sections(SUMMARY))["result"]
         silent = replace(SUMMARY, exit_code=3, unverified=390)
         assert "NO SAMPLE HAS A VERDICT" in facts(run_sections(silent))["result"]
         assert "`tokabatch score`" in facts(run_sections(silent))["result"]
@@ -183,7 +184,7 @@ class TestRender:
     def test_a_part_of_the_samples_gives_no_estimate(self) -> None:
         (partial,) = verdict_sections((), 57, 768)
         assert partial.rows == (
-            ("no estimate", "57 of 768 samples are there; short samples finish first, so the final value will differ"),
+            ("no estimate", "57 of 768 samples so far; short samples finish first, so the final value will differ"),
         )
         (whole,) = verdict_sections(SUMMARY.estimates, 768, 768)
         assert whole.rows[1] == ("pass@1", "0.2500  (0.2000 to 0.3000)")
@@ -192,7 +193,7 @@ class TestRender:
         pace = {"running_seconds": 70.0, "commit_seconds": 3.0, "samples_per_second": 12.0, "tokens_per_second": 1500.0}
         shown = facts(status_sections({}, {**pace, "seconds_left": 3700.0}))
         assert shown["running for"] == "1:10" and shown["last commit"] == "3.00 s ago"
-        assert shown["speed"] == "12 samples, 1,500 output tokens per second, since the first commit of this start"
+        assert shown["speed"] == "samples per second 12, output tokens 1,500, since the first commit of this start"
         assert shown["time left"] == "about 1:01:40 at this speed"
         early = facts(status_sections({}, pace))
         assert early["time left"] == "known after three commits, as is the speed" and "speed" not in early
@@ -209,3 +210,9 @@ class TestRender:
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert seconds_text(seconds) == text
+
+
+def test_one_of_a_kind_has_no_plural():
+    assert [counted(number, "row") for number in (0, 1, 1200)] == ["0 rows", "1 row", "1,200 rows"]
+    assert [counted(number, "row is", "rows are") for number in (1, 2)] == ["1 row is", "2 rows are"]
+    assert [first_counted(number, "row") for number in (1, 20)] == ["first row", "first 20 rows"]

@@ -335,7 +335,7 @@ def test_other_weights_tokenizers_and_rows_are_refused(go, model, rows, tmp_path
     with pytest.raises(OutputError, match=r"tokenizer/tokenizer_config\.json"):
         go(**changes)
     write_rows(rows, [*ROWS[:3], {**ROWS[3], "answer": "0"}, *ROWS[4:]])
-    with pytest.raises(OutputError, match="first 10 rows are not the same any more"):
+    with pytest.raises(OutputError, match="not the same any more in its first 10 rows, the first that differs is"):
         go()
 
 

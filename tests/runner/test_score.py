@@ -129,7 +129,7 @@ def test_interrupted_it_continues(rows: Path, judge: Path, tmp_path: Path, monke
         score(out, [f"verify.kind={judge}", "verify.answer=null"])
     assert (check(out).exit_code, check(out).faults) == (75, ())
     with scripted_engine():
-        with pytest.raises(OutputError, match=r"3 of 4 files are not judged yet.*`tokabatch score"):
+        with pytest.raises(OutputError, match=r"has not judged 3 of 4 files yet.*`tokabatch score"):
             run(scripted_job(rows, out, output=output, verify={"kind": str(judge)}))
         with pytest.raises(OutputError, match="holds the run of another job"):
             run(scripted_job(rows, out, output=output, verify=OLD))

@@ -22,6 +22,7 @@ from tokabatch.input.batch_files import BAD_REQUEST, BODY, COLUMNS, CUSTOM_ID, P
 from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
 from tokabatch.job import ModelConfig
+from tokabatch.number_text import counted
 from tokabatch.openai.batch_lines import read_batch_request
 from tokabatch.openai.errors import ApiError, of_row
 from tokabatch.openai.requests import Request
@@ -31,7 +32,6 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, read_manifest
 from tokabatch.output.plain_json import to_json
 from tokabatch.output.schema import CANCELLED
-from tokabatch.report.sections import counted
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import or_else, reason
@@ -61,15 +61,15 @@ def describe(written: Written, results: Path, errors: Path | None = None) -> str
         f"{results}: {counted(written.results, 'result')}; {errors or errors_file(results)}: {counted(written.errors, 'error')}"
     ]
     if written.pending:
-        are = "is" if written.pending == 1 else "are"
-        lines.append(f"{counted(written.pending, 'sample')} {are} not computed yet; run the job again, then export again")
+        left = counted(written.pending, "sample is", "samples are")
+        lines.append(f"{left} not computed yet; run the job again, then export again")
     others = {name: count for name, count in written.models.items() if name != written.model}
     if others:
         name = max(others, key=lambda name: others[name])
-        what = f"the model {name!r}" if len(others) == 1 else f"{len(others):,} other models, {name!r} most often"
+        what = f"the model {name!r}" if len(others) == 1 else f"{counted(len(others), 'other model')}, {name!r} most often"
         number = sum(others.values())
-        names, them = ("names", "it") if number == 1 else ("name", "them")
-        lines.append(f"{counted(number, 'request')} {names} {what}; {written.model} answered {them}")
+        named = counted(number, "request names", "requests name")
+        lines.append(f"{named} {what}; {written.model} answered {'it' if number == 1 else 'them'}")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from tokabatch.cli.arguments import OutArgument
 from tokabatch.cli.printing import READER_ENDED, print_note, print_result
 from tokabatch.cli.signals import stop_on_signals
 from tokabatch.errors import JobError, OutputError, Stopped, UsageError
+from tokabatch.number_text import counted
 from tokabatch.report.streams import first_fault
 
 
@@ -159,7 +160,6 @@ def score(
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-    counted = import_module("tokabatch.report.sections").counted
     where = f"in {counted(scored.files, 'file')}" if to is None else f"into {to}"
     right = "" if to is None else f", {scored.right:,} right ({scored.right / max(1, scored.judged):.1%})"
     print_note(f"{out}: {counted(scored.judged, 'sample')} judged {where}{right}")
@@ -255,7 +255,8 @@ def export(
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
     if str(to) != "-":
-        print_note(f"{to}: {exported.samples:,} samples of {exported.rows:,} rows, {exported.bytes:,} bytes")
+        samples, rows = counted(exported.samples, "sample"), counted(exported.rows, "row")
+        print_note(f"{to}: {samples} of {rows}, {counted(exported.bytes, 'byte')}")
     elif (fault := first_fault(sys.stdout)) is not None:
         raise UsageError(f"standard output cannot be written: {fault.strerror}")
 

@@ -19,6 +19,7 @@ from tokabatch.cli.job import checked_job, seconds_since_start, starting
 from tokabatch.cli.printing import draws_tables, print_message, print_note, print_result
 from tokabatch.cli.signals import stop_after, stop_on_signals
 from tokabatch.errors import Stopped, UsageError
+from tokabatch.number_text import counted
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.reuse import Reuse
 
@@ -199,7 +200,9 @@ def slurm(
     loaded.refuse_sharing()
     each = loaded.engine.tensor * loaded.engine.pipeline * (1 if loaded.engine.replicas == "auto" else loaded.engine.replicas)
     if gpus and each > gpus and loaded.engine.device != "cpu":
-        raise UsageError(f"engine.replicas, tensor and pipeline take {each} GPUs in each task; write --gpus-per-task {each}")
+        raise UsageError(
+            f"engine.replicas, tensor and pipeline take {counted(each, 'GPU')} in each task; write --gpus-per-task {each}"
+        )
     if (
         not gpus
         and loaded.engine.device != "cpu"

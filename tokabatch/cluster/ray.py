@@ -30,6 +30,7 @@ from ray.exceptions import GetTimeoutError, ObjectStoreFullError, RayError, RayT
 from tokabatch import __version__
 from tokabatch.errors import EngineError, JobError, ReplicaLost, UsageError
 from tokabatch.job import EngineConfig
+from tokabatch.number_text import counted
 from tokabatch.parallel.layout import Layout
 from tokabatch.runner.ledger import Ledger, Part
 from tokabatch.runner.member_process import Build, serve
@@ -98,20 +99,21 @@ class RayCluster:
         per_node = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
         if device != "cuda" and sum(per_node) and config.device != "cpu":
             raise JobError(
-                f"the Ray cluster has {sum(per_node)} GPUs, but the driver's node has none, and the driver needs one to size "
-                "the replicas: start it on a node with a GPU (which it does not occupy), or write engine.device=cpu"
+                f"the Ray cluster has {counted(sum(per_node), 'GPU')}, but the driver's node has none, and the driver needs "
+                "one to size the replicas: start it on a node with a GPU (which it does not occupy), or write "
+                "engine.device=cpu"
             )
         room = sum(count // each for count in per_node)
         if device == "cuda" and not room:
             raise JobError(
-                f"engine.tensor is {config.tensor} and engine.pipeline {config.pipeline}, which takes {each} GPUs of one node, "
-                f"and the nodes of the Ray cluster have {', '.join(map(str, per_node))}; lower them"
+                f"engine.tensor is {config.tensor} and engine.pipeline {config.pipeline}, which takes {counted(each, 'GPU')} "
+                f"of one node, and the nodes of the Ray cluster have {', '.join(map(str, per_node))}; lower them"
             )
         if config.replicas != "auto":
             return Layout(config.replicas, config.tensor, config.pipeline, ((),) * config.replicas, "--replicas, on Ray")
         if device != "cuda":
             raise JobError("on the CPUs of a Ray cluster, the number of replicas must be given: add --replicas 4, for example")
-        return Layout(room, config.tensor, config.pipeline, ((),) * room, f"{sum(per_node)} GPUs of the Ray cluster")
+        return Layout(room, config.tensor, config.pipeline, ((),) * room, f"{counted(sum(per_node), 'GPU')} of the Ray cluster")
 
     def launcher(self, layout: Layout, device: str, model: Path, tell: Callable[[str], None]) -> Launcher:
         """Return what starts the actors of a run with this layout. `model` is a folder that each node can read under the same
@@ -145,8 +147,8 @@ class Launcher:
             except ObjectStoreFullError as error:
                 size = ledger.plan.tokens.nbytes
                 raise EngineError(
-                    f"the tokenised input, {size:,} bytes of tokens, does not fit in Ray's object store on this node; start "
-                    "the nodes with a larger one (`ray start --object-store-memory`)"
+                    f"the tokenised input, {counted(size, 'byte')} of tokens, does not fit in Ray's object store on this "
+                    "node; start the nodes with a larger one (`ray start --object-store-memory`)"
                 ) from error
         return Actor(self, number, before, pace)
 

@@ -18,6 +18,7 @@ from tokabatch.errors import JobError
 from tokabatch.model.decoder import Decoder, KVPages
 from tokabatch.model.sampling.sampler import sample
 from tokabatch.model.sampling.slot_table import SlotTable
+from tokabatch.number_text import counted
 
 RESERVED_BYTES = 9 << 28
 """Bytes for attention's scratch, captured graphs, pinned copies of a few steps, and other libraries."""
@@ -57,7 +58,7 @@ def fitting_pages(decoder: Decoder, sizes: ReplicaSizes, page_bytes: int, *, pen
         needed += 2 * draws + PENALTY_BYTES if penalised else draws
     except torch.OutOfMemoryError as error:
         raise JobError(
-            f"a step of {tokens:,} tokens and {samples:,} samples does not fit the device beside the weights "
+            f"a step of {counted(tokens, 'token')} and {counted(samples, 'sample')} does not fit the device beside the weights "
             f"({str(error).splitlines()[0]}); write a smaller engine.max_step_tokens and engine.max_running"
         ) from error
     free, total = torch.cuda.mem_get_info(device)

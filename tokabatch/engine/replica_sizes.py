@@ -21,6 +21,7 @@ from tokabatch.errors import JobError
 from tokabatch.job import EngineConfig
 from tokabatch.model.partition import VocabularyShard, kv_heads, stage_layers
 from tokabatch.model.spec import ModelSpec, layer_prefix, tensor_shapes
+from tokabatch.number_text import counted
 from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import Alike
 
@@ -133,7 +134,7 @@ def decide_sizes(
     step = prefill + max_running if config.max_step_tokens == "auto" else config.max_step_tokens
     if step < max_running:
         raise JobError(
-            f"engine.max_step_tokens is {step}, less than the {max_running} samples that may run at once; "
+            f"engine.max_step_tokens is {step}, less than the {counted(max_running, 'sample')} that may run at once; "
             f"write at least {max_running}, or lower engine.max_running"
         )
     per_sequence = -(-facts.longest_sequence // page)
@@ -200,8 +201,8 @@ def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
             )
         allowed = f"{max(0, budget) * page} fit" if asked is None else f"engine.kv_cache_tokens allows {asked}"
         raise JobError(
-            f"the shortest sample needs {least * page} tokens of KV cache (prompt plus max_tokens), but {allowed}; {remedy}, "
-            "or lower generation.max_tokens"
+            f"the shortest sample needs {counted(least * page, 'token')} of KV cache (prompt plus max_tokens), but {allowed}; "
+            f"{remedy}, or lower generation.max_tokens"
         )
     num_pages = min(budget, max(sizes.useful_pages, needed))
     return replace(sizes, num_pages=num_pages, max_pages_per_sequence=min(sizes.max_pages_per_sequence, num_pages))
@@ -210,7 +211,8 @@ def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
 def _check_limits(config: EngineConfig, spec: ModelSpec) -> None:
     if config.page_size > spec.context_length:
         raise JobError(
-            f"engine.page_size is {config.page_size}, more than the model's context of {spec.context_length} tokens; write 16"
+            f"engine.page_size is {config.page_size}, more than the model's context of "
+            f"{counted(spec.context_length, 'token')}; write 16"
         )
     if config.queue_depth != "auto" and config.queue_depth > MAX_QUEUE_DEPTH:
         raise JobError(

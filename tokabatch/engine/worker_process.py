@@ -19,6 +19,7 @@ import torch
 from tokabatch.engine.heartbeat import Pulse
 from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import StepDropped, TokabatchError, WorkerLost
+from tokabatch.number_text import counted
 from tokabatch.scheduling.contracts import StepBatch, StepResult
 
 POLL_SECONDS = 0.0002
@@ -142,7 +143,7 @@ def dropped(step: StepBatch, error: RuntimeError | MemoryError) -> StepDropped:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     reason = (str(error).splitlines() or ["MemoryError"])[0]
-    return StepDropped(f"no memory for a step of {step.num_tokens:,} tokens: {reason}")
+    return StepDropped(f"no memory for a step of {counted(step.num_tokens, 'token')}: {reason}")
 
 
 def _drain(pipe: Connection, steps: queue.Queue[StepBatch | Resume | None]) -> None:

@@ -22,6 +22,7 @@ from tokabatch.forecast.roofline import DeviceRates, Roofline
 from tokabatch.forecast.step_log import Steps
 from tokabatch.forecast.step_work import Float64, Number, StepWork
 from tokabatch.model.spec import ModelSpec
+from tokabatch.number_text import counted
 
 TERMS = ("step", "sequences", "groups", "dense", "logits", "elementwise", "prefix", "prefill", "decode")
 """`logits` are the head and sampling; the first three are counts, the others roofline seconds."""
@@ -64,7 +65,7 @@ def unmeasured_gpu(roofline: Roofline) -> Profile:
 def fit_profile(spec: ModelSpec, device: DeviceRates, steps: Steps, itemsize: int = 2, source: str = "") -> Profile:
     """Fit the profile of a recorded run. Raises UsageError if there are too few steps to fit."""
     if len(steps) < len(TERMS):
-        raise UsageError(f"a profile needs at least {len(TERMS)} recorded steps, this run has {len(steps)}")
+        raise UsageError(f"a profile needs at least {counted(len(TERMS), 'recorded step')}, this run has {len(steps)}")
     roofline = Roofline(spec, device, itemsize)
     table = np.stack([np.broadcast_to(term, len(steps)).astype(np.float64) for term in _terms(roofline, steps.work)], axis=1)
     width = min(_WINDOW, len(steps) // len(TERMS))

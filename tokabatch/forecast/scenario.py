@@ -9,6 +9,7 @@ from pathlib import Path
 from tokabatch.errors import UsageError
 from tokabatch.forecast.assumed_lengths import Lengths, Unstopped, lognormal, observed
 from tokabatch.forecast.devices import Device, known_device
+from tokabatch.number_text import counted
 from tokabatch.output.status import output_lengths
 
 
@@ -40,7 +41,7 @@ def read_lengths(described: str) -> tuple[Lengths, str]:
         found = output_lengths(Path(described))
         if not len(found):
             raise UsageError(f"{described} holds no finished samples to take lengths from")
-        return observed(found), f"as the {len(found):,} samples in {described}, mean {found.mean():,.0f}"
+        return observed(found), f"as the {counted(len(found), 'sample')} in {described}, mean {found.mean():,.0f}"
     mean, _, sigma = described.partition(":")
     try:
         values = float(mean), float(sigma or 0.7)

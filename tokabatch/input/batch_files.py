@@ -18,6 +18,7 @@ from tokabatch.input.readers import is_of_files, open_path, open_reader
 from tokabatch.input.readers.jsonl import JsonLinesReader, LineRow
 from tokabatch.input.rows import Reader
 from tokabatch.job import InputConfig, Job
+from tokabatch.number_text import first_counted
 from tokabatch.openai.batch_lines import is_batch_line, read_line
 from tokabatch.openai.errors import ApiError
 
@@ -44,8 +45,8 @@ def settle_format(job: Job) -> Job:
         lines = [row.columns for row in (batch.rows if batch else ()) if row.columns is not None]
         if chosen == "openai" and lines and not any(map(is_batch_line, lines)):
             raise InputError(
-                f"input.path {job.input.path!r} is not a batch file: none of its first {len(lines):,} lines has custom_id, a "
-                "url such as /v1/chat/completions, and body. Write input.format: rows for rows of another kind"
+                f"input.path {job.input.path!r} is not a batch file: none of its {first_counted(len(lines), 'line')} has "
+                "custom_id, a url such as /v1/chat/completions, and body. Write input.format: rows for rows of another kind"
             )
         chosen = "openai" if chosen == "openai" or (lines and is_batch_line(lines[0])) else "rows"
     if chosen == "rows":

@@ -22,6 +22,7 @@ from tokabatch.input.readers import list_files
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.input.verifier_files import verifier_files
 from tokabatch.job import GenerationConfig, Job, VerifyConfig
+from tokabatch.number_text import counted
 
 WEIGHTS, WEIGHT_INDEX = ".safetensors", ".safetensors.index.json"
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words")
@@ -139,7 +140,7 @@ def changed_sizes(earlier: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def _mark(content: bytes) -> str:
-    return f"{len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}"
+    return f"{counted(len(content), 'byte')}, sha256 {hashlib.sha256(content).hexdigest()}"
 
 
 def _shown(value: str | None) -> str:
@@ -149,4 +150,4 @@ def _shown(value: str | None) -> str:
 
 
 def _size(size: int | None) -> str:
-    return "absent" if size is None else f"{size:,} bytes"
+    return "absent" if size is None else counted(size, "byte")

@@ -14,6 +14,7 @@ import yaml
 from tokabatch.errors import JobError
 from tokabatch.job.scalars import parse_scalar
 from tokabatch.job.yaml_faults import explain
+from tokabatch.number_text import counted
 
 MAX_CHARACTERS = 1 << 20
 MAX_DEPTH = 20
@@ -59,7 +60,7 @@ class Document:
 def parse_document(text: str, name: str) -> Document:
     """Parse one YAML document. Raises JobError naming `name` and the line if it cannot be read at all."""
     if len(text) > MAX_CHARACTERS:
-        raise JobError(f"{name}: {len(text):,} characters is no job file; the limit is {MAX_CHARACTERS:,}")
+        raise JobError(f"{name}: {counted(len(text), 'character')} is no job file; the limit is {MAX_CHARACTERS:,}")
     try:
         _refuse_unsafe(text, name)
         node = yaml.compose(text, Loader=_Loader)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import yaml
 
+from tokabatch.number_text import counted
+
 _SHOWN, _MOST_CHARACTERS = 80, 2000
 _HEADER = re.compile(r"[^#]: *[|>][-+0-9]*\s*(#.*)?$")
 """The first line of a text written with `|` or `>`."""
@@ -141,7 +143,7 @@ def _block_text(fault: _Fault) -> tuple[int, str] | None:
         return None
     shown = fault.lines[header].strip()
     least = max(width + 2, max((_width(line) for line in fault.lines[header + 1 : row]), default=0))
-    return row, f"the text below `{shown}` ends in front of it; indent every line of that text by {least} spaces"
+    return row, f"the text below `{shown}` ends in front of it; indent every line of that text by {counted(least, 'space')}"
 
 
 def _template(fault: _Fault) -> tuple[int, str] | None:

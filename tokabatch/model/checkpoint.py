@@ -15,6 +15,7 @@ from typing import Any, cast
 from tokabatch.errors import ModelError
 from tokabatch.model.foreign_files import refuse_pointer
 from tokabatch.model.spec import EMBEDDING, HEAD, ModelSpec, tensor_shapes
+from tokabatch.number_text import counted
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -125,8 +126,8 @@ def _declared_files(folder: Path) -> dict[Path, set[str]]:
         declared.setdefault(folder / file, set()).add(name)
     missing = sorted(file.name for file in declared if not file.is_file())
     if missing:
-        problem = f"{len(missing)} of {len(declared)} weight files are missing: {', '.join(missing[:10])}"
-        raise ModelError(f"{folder}: {problem}. {_AGAIN}")
+        problem = f"{counted(len(missing), 'weight file is', 'weight files are')} missing of {len(declared)}"
+        raise ModelError(f"{folder}: {problem}: {', '.join(missing[:10])}. {_AGAIN}")
     return declared
 
 
@@ -155,7 +156,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise ModelError(f"{file}: not a readable safetensors file ({error!r}). {_AGAIN}") from error
     if data_size != expected:
         problem = "truncated" if data_size < expected else "longer than its header says"
-        raise ModelError(f"{file}: {problem}: {data_size:,} of {expected:,} bytes of data. {_AGAIN}")
+        raise ModelError(f"{file}: {problem}: {data_size:,} of {counted(expected, 'byte')} of data. {_AGAIN}")
     return tensors
 
 
@@ -165,7 +166,7 @@ def _read_entries(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 0 < length <= min(size - 8, _LONGEST_HEADER):
-            raise ModelError(f"{file}: truncated or not a safetensors file ({size:,} bytes). {_AGAIN}")
+            raise ModelError(f"{file}: truncated or not a safetensors file ({counted(size, 'byte')}). {_AGAIN}")
         entries = json.loads(stream.read(length))
     entries.pop("__metadata__", None)
     return entries, size - 8 - length

@@ -15,6 +15,7 @@ from typing import Any, cast
 from tokabatch.errors import ModelError
 from tokabatch.model.foreign_files import refuse_pointer, refuse_without_config
 from tokabatch.model.spec import Llama3Scaling, RopeSpec
+from tokabatch.number_text import counted
 
 _UNSCALED = "default"
 
@@ -147,5 +148,5 @@ def refuse_sliding_window(config: ConfigFile, num_layers: int, context_length: i
     else:
         slides = int(config.values.get("max_window_layers", 28)) < num_layers
     if window is not None and slides and window < context_length:
-        problem = f"(a window of {window} tokens) is not supported. Choose another model."
+        problem = f"(a window of {counted(window, 'token')}) is not supported. Choose another model."
         raise config.refuse("use_sliding_window", problem)

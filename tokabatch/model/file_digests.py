@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tokabatch.errors import ModelError
 from tokabatch.model.checkpoint import weight_files
+from tokabatch.number_text import counted
 
 CONFIG = "config.json"
 TOKENIZER_FILES = (
@@ -70,12 +71,12 @@ def file_mark(path: Path) -> str:
     with path.open("rb") as file:
         if size <= _WHOLE_BYTES:
             content = file.read()
-            return f"{len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}"
+            return f"{counted(len(content), 'byte')}, sha256 {hashlib.sha256(content).hexdigest()}"
         digest = hashlib.sha256()
         for piece in range(_PIECES):
             file.seek(piece * (size - _PIECE_BYTES) // (_PIECES - 1))
             digest.update(file.read(_PIECE_BYTES))
-    return f"{size:,} bytes, sampled sha256 {digest.hexdigest()}"
+    return f"{counted(size, 'byte')}, sampled sha256 {digest.hexdigest()}"
 
 
 def _tokenizer_files(folder: Path) -> Iterator[Path]:

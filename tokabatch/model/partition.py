@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tokabatch.errors import ModelError
 from tokabatch.model.spec import ModelSpec
+from tokabatch.number_text import counted
 from tokabatch.parallel.mesh import Mesh
 
 PART = 128
@@ -21,18 +22,18 @@ def check_mesh(spec: ModelSpec, mesh: Mesh) -> None:
     if heads % ranks:
         possible = [count for count in range(1, heads + 1) if heads % count == 0 and not (kv % count and count % kv)]
         raise ModelError(
-            f"num_attention_heads ({heads}) is not a multiple of {ranks} tensor ranks; write one of "
+            f"num_attention_heads ({heads}) is not a multiple of {counted(ranks, 'tensor rank')}; write one of "
             f"{', '.join(map(str, possible))} as engine.tensor"
         )
     if kv % ranks and ranks % kv:
         raise ModelError(
-            f"num_key_value_heads ({kv}) and {ranks} tensor ranks do not divide one another; write a divisor or a multiple of "
-            f"{kv} as engine.tensor"
+            f"num_key_value_heads ({kv}) and {counted(ranks, 'tensor rank')} do not divide one another; write a divisor or a "
+            f"multiple of {kv} as engine.tensor"
         )
     if spec.num_layers < mesh.pipeline_size:
         raise ModelError(
-            f"{spec.num_layers} layers do not fill {mesh.pipeline_size} pipeline stages; write at most {spec.num_layers} as "
-            "engine.pipeline"
+            f"{counted(spec.num_layers, 'layer')} cannot fill {counted(mesh.pipeline_size, 'pipeline stage')}; write at most "
+            f"{spec.num_layers} as engine.pipeline"
         )
 
 

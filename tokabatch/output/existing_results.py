@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from tokabatch.arrays import Bool, Int64
 from tokabatch.errors import OutputError
 from tokabatch.input.store.json_types import json_texts, place_name
+from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import JUDGED, OutputFolder
 from tokabatch.output.journal import Shard
@@ -277,7 +278,7 @@ def _places(path: Path, table: pa.Table, start: Int64) -> Int64:
                 "job. Run with --retry-errors, which removes the error rows and runs those that still belong to the job again."
             )
         rows = len(start) - 1
-        why = f"the input has {rows:,} rows now; rows may be added but not removed"
+        why = f"the input has {counted(rows, 'row')} now; rows may be added but not removed"
         if 0 <= row[odd] < rows:
             manifest = read_manifest(OutputFolder(path.parent.parent))
             earlier = 0 if manifest is None else manifest.job.get("generation", {}).get("n", 0)

@@ -15,6 +15,7 @@ from typing import Literal
 import pyarrow as pa
 
 from tokabatch.errors import DamageError, ForeignFileError
+from tokabatch.number_text import counted
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Record, Shard
 from tokabatch.output.manifest import RUN_KEY, Manifest, Success, read_success
@@ -126,7 +127,10 @@ def recorded_shards(folder: OutputFolder, manifest: Manifest | None) -> tuple[Li
         if not known:
             raise damaged(shard.path, ValueError("it is in no record of commits"))
         if shard.bytes not in [each.bytes for each in known]:
-            raise damaged(shard.path, ValueError(f"it has {shard.bytes:,} bytes; {known[-1].bytes:,} were committed"))
+            raise damaged(
+                shard.path,
+                ValueError(f"it has {counted(shard.bytes, 'byte')}; {counted(known[-1].bytes, 'was', 'were')} committed"),
+            )
     names = {folder.name_of(shard.path) for shard in listed}
     missing = [name for name in _required(record.versions, before) if name not in names]
     if missing:
@@ -176,7 +180,7 @@ def _difference(file: ListedFile, manifest: Manifest, committed: Shard, digest: 
     if other is not None and "is of another run" in other:
         return f"is damaged: it {other}"
     if file.bytes != committed.bytes:
-        return f"is damaged: it has {file.bytes:,} bytes; {committed.bytes:,} were committed"
+        return f"is damaged: it has {counted(file.bytes, 'byte')}; {counted(committed.bytes, 'was', 'were')} committed"
     return f"is damaged: it has the digest {digest}; {committed.sha256} was committed"
 
 

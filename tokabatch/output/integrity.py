@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from tokabatch.arrays import Int64
 from tokabatch.errors import DamageError, OutputError
+from tokabatch.number_text import counted
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import Fault, inspect
 from tokabatch.output.journal import Shard
@@ -100,7 +101,9 @@ def _check(folder: OutputFolder) -> CheckedFolder:
             continue
         read.append((shard, keys))
     repeats = _repeats([keys for _, keys in read])
-    faults += [Fault(read[i][0].name, f"holds {count:,} samples a second time", "foreign") for i, count in repeats.items()]
+    faults += [
+        Fault(read[i][0].name, f"holds {counted(count, 'sample')} a second time", "foreign") for i, count in repeats.items()
+    ]
     repeated = {read[i][0].name for i in repeats}
     where = "_SUCCESS" if inspected.success is not None and not manifest.run else folder.commits.name
     faults += [Fault(name, f"is not named in {where}", "unrecorded") for name in sorted(unrecorded - repeated)]
@@ -108,8 +111,8 @@ def _check(folder: OutputFolder) -> CheckedFolder:
     books = Books.of(manifest.samples, good)
     if not faults and inspected.success is not None and not (inspected.sealed and books.closed):
         mark = inspected.success
-        problem = f"says {mark.ok:,} ok and {mark.errors:,} errors in {len(mark.files)} files, which is not what was committed"
-        faults.append(Fault(folder.success.name, problem, "record"))
+        said = f"{mark.ok:,} ok and {counted(mark.errors, 'error')} in {counted(len(mark.files), 'file')}"
+        faults.append(Fault(folder.success.name, f"says {said}, which is not what was committed", "record"))
     faults += [Fault(f"data/{name}", "was not written by a run", "foreign") for name in folder.foreign()]
     remedy = None
     if faults:
@@ -125,7 +128,7 @@ def _check(folder: OutputFolder) -> CheckedFolder:
 def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None) -> tuple[Shard, Int64]:
     """Return the shard as found, and the key of each of its samples. Raises DamageError if anything in it is not as it was
     written, or is of a row that the input does not have."""
-    counted = ok = cancelled = coded = 0
+    held = ok = cancelled = coded = 0
     keys = [np.zeros(0, np.int64)]
     with open_shard(file) as parquet:
         in_footer = parquet.metadata.num_rows
@@ -137,17 +140,17 @@ def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None)
         row, sample = table["row_index"].to_numpy(), table["sample_index"].to_numpy()
         beyond = (row < 0) | (row >= num_rows) | (sample < 0)
         if beyond.any():
-            raise DamageError(f"holds samples of row {row[beyond][0]}; the input has {num_rows:,} rows")
+            raise DamageError(f"holds samples of row {row[beyond][0]}; the input has {counted(num_rows, 'row')}")
         keys.append(row * _SAMPLES_PER_ROW + sample)
-        counted, ok, cancelled = counted + table.num_rows, ok + count_ok(table), cancelled + count_cancelled(table)
+        held, ok, cancelled = held + table.num_rows, ok + count_ok(table), cancelled + count_cancelled(table)
         coded += table.num_rows - table["error_code"].null_count
-    if counted != in_footer or coded != counted - ok - cancelled:
-        raise DamageError(f"holds {counted:,} rows of {in_footer:,}: {ok:,} ok and {coded:,} with an error code")
+    if held != in_footer or coded != held - ok - cancelled:
+        raise DamageError(f"holds {counted(held, 'row')} of {in_footer:,}: {ok:,} ok and {coded:,} with an error code")
     digest, unjudged = (None, 0) if known is None else (known.sha256, known.unjudged)
-    found = Shard(name, counted, ok, counted - ok - cancelled, file.bytes, digest, cancelled, unjudged)
+    found = Shard(name, held, ok, held - ok - cancelled, file.bytes, digest, cancelled, unjudged)
     if known is not None and found != known:
         raise DamageError(
-            f"holds {found.ok:,} ok and {found.errors:,} errors; {known.ok:,} and {known.errors:,} were committed"
+            f"holds {found.ok:,} ok and {counted(found.errors, 'error')}; {known.ok:,} and {known.errors:,} were committed"
         )
     return found, np.concatenate(keys)
 

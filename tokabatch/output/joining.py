@@ -23,6 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from tokabatch.errors import DamageError, OutputError
+from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.output.journal import Shard
 from tokabatch.output.shard_names import shard_name, shard_number
@@ -58,7 +59,7 @@ def join_small(claim: Claim, rows_per_shard: int, stop: Callable[[], object], te
     except DamageError:
         raise
     except (OSError, OutputError, Changed) as error:
-        tell(f"{len(small):,} small files are not joined: {error}")
+        tell(f"{counted(len(small), 'small file is', 'small files are')} not joined: {error}")
         names, kept, made, swapped = [], list(journal.shards.values()), [], False
     if swapped:
         for path in (folder.path, folder.temporary):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokabatch.errors import DamageError, ForeignFileError, OutputError
+from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import Inspection
@@ -82,8 +83,8 @@ def refuse_other_verdicts(folder: OutputFolder, manifest: Manifest, found: Inspe
             others += not manifest.is_judge_of(parquet.schema_arrow.metadata)
     if others:
         raise OutputError(
-            f"{folder.path}: {others:,} of {len(found.good):,} files are not judged yet by the verifier that the folder names. "
-            f"`tokabatch score {quote(str(folder.path))}` judges them."
+            f"{folder.path}: the verifier that the folder names has not judged {others:,} of "
+            f"{counted(len(found.good), 'file')} yet. `tokabatch score {quote(str(folder.path))}` judges them."
         )
 
 

@@ -19,6 +19,7 @@ from tokabatch.errors import DamageError, OutputError
 from tokabatch.input.fingerprint import Fingerprint, changed_settings, changed_sizes, is_of_verify, verify_overrides
 from tokabatch.input.rows import NO_PLACES, RowPlaces
 from tokabatch.input.store.row_digests import RowDigests
+from tokabatch.number_text import counted, first_counted
 from tokabatch.output.existing_results import read_committed, sampled_rows
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, Versions, read_manifest, versions_here
@@ -71,7 +72,7 @@ class EarlierRun:
     def _refuse_fewer(self, rows: int, held: Bool, sizes: Sequence[str] = ()) -> None:
         """Raise OutputError if rows behind the first `rows` have samples that count; `held` is of shape [rows then]."""
         if held[rows:].any():
-            self._refuse([f"input: {self.manifest.rows:,} rows then, {rows:,} now", *sizes])
+            self._refuse([f"input: {counted(self.manifest.rows, 'row')} then, {rows:,} now", *sizes])
 
     def _compare_rows(self, now: Fingerprint, digests: RowDigests, places: RowPlaces) -> None:
         then, common = self.manifest.fingerprint, digests.head(self.manifest.fingerprint.rows)
@@ -91,13 +92,12 @@ class EarlierRun:
         known = known.head(len(common))
         other_rows = known.content != common.content
         if (found := other_rows & held[: len(common)]).any():
-            change = f"input: its first {then.rows:,} rows are not the same any more, the first that differs is"
+            change = f"input: not the same any more in its {first_counted(then.rows, 'row')}, the first that differs is"
             advice = "rows may be added at the end, and error rows may be repaired"
             self._refuse([f"{change} {places.name(_first(found))}; {advice}", *sizes])
         if (found := (known.prompt != common.prompt) & ~other_rows & (good | ~bad)[: len(common)]).any():
-            change = (
-                f"prompts: the tokens of {int(found.sum()):,} of {then.rows:,} rows that are the same are not, the first is"
-            )
+            rows_found = f"{int(found.sum()):,} of {counted(then.rows, 'row')}"
+            change = f"prompts: the tokens of {rows_found} that are the same are not, the first is"
             before, here = asdict(self.manifest.versions), asdict(self.versions)
             changed = [f"{name} {before[name]} then, {here[name]} now" for name in here if before[name] != here[name]]
             self._refuse([f"{change} {places.name(_first(found))}", *changed])

@@ -14,6 +14,7 @@ import torch
 
 from tokabatch.errors import JobError
 from tokabatch.job import EngineConfig
+from tokabatch.number_text import counted
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -31,7 +32,7 @@ class Layout:
 
     def __str__(self) -> str:
         split = f" of {self.tensor} x {self.pipeline} devices (tensor x pipeline)" if self.tensor * self.pipeline > 1 else ""
-        count = f"{self.replicas} replica{'s' if self.replicas > 1 else ''}{split}"
+        count = f"{counted(self.replicas, 'replica')}{split}"
         return f"{count} ({self.reason})" if self.reason else count
 
 
@@ -67,15 +68,15 @@ def decide_layout(config: EngineConfig, device: str, visible: Sequence[str] | No
     elif config.process is False:
         replicas, reason = 1, "engine.process is false"
     else:
-        replicas, reason = max(1, present // each), f"{present} visible GPU{'s' if present > 1 else ''}"
+        replicas, reason = max(1, present // each), counted(present, "visible GPU")
     if present is not None and each > present:
         raise JobError(
-            f"engine.tensor is {config.tensor} and engine.pipeline {config.pipeline}, which takes {each} GPUs, but {present} "
-            f"are visible ({VISIBLE}); lower them"
+            f"engine.tensor is {config.tensor} and engine.pipeline {config.pipeline}, which takes {counted(each, 'GPU')}, but "
+            f"{counted(present, 'is', 'are')} visible ({VISIBLE}); lower them"
         )
     if present is not None and replicas * each > present:
         raise JobError(
-            f"engine.replicas is {replicas}, but {present} GPUs are visible ({VISIBLE}); write at most "
+            f"engine.replicas is {replicas}, but {counted(present, 'GPU is', 'GPUs are')} visible ({VISIBLE}); write at most "
             f"{present // each}, or auto"
         )
     devices = tuple(tuple(names[place * each : (place + 1) * each]) for place in range(replicas))

@@ -7,9 +7,10 @@ from itertools import groupby
 from pathlib import Path
 
 from tokabatch.errors import TokabatchError
+from tokabatch.number_text import counted, share_text
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, error_rows, excerpts, finish_reasons
 from tokabatch.report.render import plain
-from tokabatch.report.sections import Section, counted, share_text
+from tokabatch.report.sections import Section
 from tokabatch.report.summary import RunSummary
 
 _SAMPLES = 3

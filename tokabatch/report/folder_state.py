@@ -7,7 +7,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from tokabatch.report.sections import Section, count_text, counted, seconds_text
+from tokabatch.number_text import count_text, counted, seconds_text
+from tokabatch.report.sections import Section
 
 
 def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] | None = None) -> tuple[Section, ...]:
@@ -53,9 +54,8 @@ def _pace(pace: Mapping[str, float | None]) -> list[tuple[str, str]]:
     samples, tokens, left = (pace.get(name) for name in ("samples_per_second", "tokens_per_second", "seconds_left"))
     # The first samples to finish are few and short: their speed says nothing of the run's.
     if samples is not None and tokens is not None and left is not None:
-        rows.append(
-            ("speed", f"{samples:,.3g} samples, {tokens:,.0f} output tokens per second, since the first commit of this start")
-        )
+        speed = f"samples per second {samples:,.3g}, output tokens {tokens:,.0f}, since the first commit of this start"
+        rows.append(("speed", speed))
         rows.append(("time left", f"about {seconds_text(left)} at this speed"))
     elif rows:
         rows.append(("time left", "known after three commits, as is the speed"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tokabatch.report.sections import Section, seconds_text
+from tokabatch.number_text import counted, seconds_text
+from tokabatch.report.sections import Section
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _PER_UNIT = {"step": "each step", "sequences": "each running sample of it", "groups": "each group with a shared prefix"}
@@ -83,11 +84,11 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
         ("lengths", outlook.lengths),
         *layout,
         ("time", f"{seconds_text(outlook.seconds)} ({outlook.hours:,.3f} device-hours{money}), without loading the model"),
-        ("output tokens", f"{outlook.output_tokens:,} ({rate:,.0f} per second), {outlook.samples:,} samples"),
+        ("output tokens", f"{outlook.output_tokens:,} ({rate:,.0f} per second), {counted(outlook.samples, 'sample')}"),
         ("steps", f"{outlook.steps:,}"),
         ("prefilled tokens", f"{outlook.prefilled_tokens:,}"),
         ("saved by sharing", f"{outlook.saved_tokens:,} of {outlook.cacheable_tokens:,} possible{saved}"),
-        ("KV cache", f"{outlook.kv_tokens:,} tokens, {outlook.kv_mean:.1%} in use on average{waiting}"),
+        ("KV cache", f"{counted(outlook.kv_tokens, 'token')}, {outlook.kv_mean:.1%} in use on average{waiting}"),
         ("over time", "".join(_BARS[min(8, round(share * 8))] for share in outlook.kv_over_time)),
         ("preemptions", f"{outlook.preemptions:,}, {outlook.waste:.2%} of tokens computed again"),
         ("waiting", f"running samples had to wait for KV cache in {outlook.waited:.1%} of their steps"),
@@ -107,7 +108,7 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
             for trial in outlook.trials
         )
         columns = ("max_running", "max_step_tokens", "time", "output tok/s", " ")
-        title = f"Settings of engine tried for one replica, on {outlook.trial_samples:,} samples"
+        title = f"Settings of engine tried for one replica, on {counted(outlook.trial_samples, 'sample')}"
         sections.append(Section(title, table, columns))
     return tuple(sections)
 

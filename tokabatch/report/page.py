@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tokabatch.arrays import Float64
+from tokabatch.number_text import counted, seconds_text
 from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
 from tokabatch.output.steps import REPLICA, elapsed
 from tokabatch.report import plots
 from tokabatch.report.closing import errors_section
-from tokabatch.report.sections import counted, seconds_text
 from tokabatch.scoring.estimates import Estimate, distinct
 
 _POINTS = 400
@@ -150,7 +150,8 @@ def _state(run: RunRecord) -> str:
     # With that exit code a run may have no verdicts instead, which `tokabatch score` may have given since.
     silent = 0 < run.ok <= run.without_verdict
     if run.state == "complete" and run.summary.get("exit_code") == 3 and not silent:
-        return f"complete, but {run.errors:,} of {run.samples:,} samples are errors, more than errors.max_fraction allows"
+        found = f"{counted(run.errors, 'error')} in {counted(run.samples, 'sample')}"
+        return f"complete, but with {found}, more than errors.max_fraction allows"
     return run.state
 
 
@@ -206,7 +207,7 @@ def _sample(sample: Excerpt, prompt: str | None) -> str:
     shown = ""
     if prompt is not None:
         text = f"<pre>{escape(_cut(prompt))}</pre>"
-        label = f"Prompt, {len(prompt):,} characters"
+        label = f"Prompt, {counted(len(prompt), 'character')}"
         shown = f"<h3>{label}</h3>{text}" if len(prompt) <= _FOLDED else f"<details><summary>{label}</summary>{text}</details>"
     beginning = " ".join(sample.text[:_BEGINNING].split())
     name = f"row {sample.row_index:,}, {'text' if scored else 'sample'} {sample.sample_index:,}"
@@ -356,14 +357,14 @@ def _step_figures(run: RunRecord) -> list[tuple[str, str, str]]:
     drawn = plots.over_time(edges, [output, prefill], "tokens a second")
     running = [plots.Curve("running", means["running"], filled=True), plots.Curve("waiting", means["waiting"], plots.SECOND)]
     kv = [plots.Curve("in use", means["pages"] / np.maximum(means["capacity"], 1), filled=True)]
-    note = f"{len(steps['seconds']):,} steps in {seconds_text(total)}"
+    note = f"{counted(len(steps['seconds']), 'step')} in {seconds_text(total)}"
     note += ", of several processes one after another" if run.shared else ""
     note += "" if run.whole else ", without those of a start that was killed"
     return [
         ("Throughput", note, drawn),
         (
             "KV cache in use",
-            f"attention's keys and values of earlier tokens; {means['capacity'].max():,.0f} pages",
+            f"attention's keys and values of earlier tokens; {counted(int(means['capacity'].max()), 'page')}",
             plots.over_time(edges, kv, "share of pages", 1.0),
         ),
         (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokabatch.job import Setting
-from tokabatch.report.sections import Section, bytes_text, count_text, counted, seconds_text, share_text
+from tokabatch.number_text import bytes_text, count_text, counted, seconds_text, share_text
+from tokabatch.report.sections import Section
 
 _SHOWN_CHARACTERS = 4000
 _FOLDED_TOKEN_IDS = 12
@@ -97,18 +98,18 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
     """Everything a plan shows."""
     model, text, ids = report.model, report.first_prompt, report.first_token_ids
     if (rest := len(text) - _SHOWN_CHARACTERS) > 0:
-        text = f"{text[:_SHOWN_CHARACTERS]}\n[… and {count_text(rest)} more characters]"
+        text = f"{text[:_SHOWN_CHARACTERS]}\n[… and {counted(rest, 'more character')}]"
     shown = " ".join(map(str, ids))
     if (rest := len(ids) - 2 * _FOLDED_TOKEN_IDS) > 1:
         first, last = ids[:_FOLDED_TOKEN_IDS], ids[-_FOLDED_TOKEN_IDS:]
         shown = f"{' '.join(map(str, first))} [… {count_text(rest)} more …] {' '.join(map(str, last))}"
     facts = (
         ("path", model.path),
-        ("architecture", f"{model.family}, {model.layers} layers, hidden size {count_text(model.hidden_size)}"),
-        ("attention", f"{model.heads} heads, {model.kv_heads} KV heads of {model.head_dim}"),
+        ("architecture", f"{model.family}, {counted(model.layers, 'layer')}, hidden size {count_text(model.hidden_size)}"),
+        ("attention", f"{counted(model.heads, 'head')}, {counted(model.kv_heads, 'KV head')} of {model.head_dim}"),
         ("parameters", count_text(model.parameters)),
         ("vocabulary", count_text(model.vocab_size)),
-        ("context", f"{count_text(model.context_length)} tokens"),
+        ("context", counted(model.context_length, "token")),
         ("dtype", model.dtype),
     )
     return (
@@ -119,7 +120,7 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
         Section("Host", _host(report.host)),
         Section("Generation", tuple((s.key, s.value, s.source) for s in report.settings), ("key", "value", "from")),
         Section("First prompt", (("", text),)),
-        Section(f"Its {count_text(len(ids))} token ids", (("", shown),)),
+        Section(f"Its {counted(len(ids), 'token id')}", (("", shown),)),
         *((Section("Notes", tuple(("", note) for note in report.notes)),) if report.notes else ()),
     )
 
@@ -131,7 +132,7 @@ def _plan_work(report: PlanReport) -> tuple[tuple[str, str], ...]:
         *((f"error {code}", count_text(number)) for code, number in report.error_counts),
         ("samples", count_text(report.samples)),
         ("prompt tokens", count_text(report.prompt_tokens)),
-        ("longest prompt", f"{count_text(report.longest_prompt)} tokens"),
+        ("longest prompt", counted(report.longest_prompt, "token")),
         ("unique tokens", f"{count_text(report.unique_tokens)}, the fewest that have to be computed"),
         ("shared tokens", f"{count_text(report.shared_tokens)}{shared}"),
         ("output tokens", f"at most {count_text(report.max_output_tokens)}"),
@@ -148,14 +149,14 @@ def _time(least: tuple[float, str] | None) -> str:
 
 def _plan_replica(replica: ReplicaFacts) -> tuple[tuple[str, str], ...]:
     return (
-        ("a step", f"at most {counted(replica.max_running, 'sample')}, {count_text(replica.max_step_tokens)} tokens"),
-        ("page", f"{count_text(replica.page_size)} tokens of the KV cache, {count_text(replica.bytes_per_token)} bytes each"),
+        ("a step", f"at most {counted(replica.max_running, 'sample')}, {counted(replica.max_step_tokens, 'token')}"),
+        ("page", f"{counted(replica.page_size, 'token')} of the KV cache, {counted(replica.bytes_per_token, 'byte')} each"),
     )
 
 
 def _memory(replica: ReplicaFacts) -> tuple[tuple[str, str], ...]:
     tokens = replica.pages * replica.page_size
-    pages = f"{count_text(replica.pages)} pages, {count_text(tokens)} tokens"
+    pages = f"{counted(replica.pages, 'page')}, {counted(tokens, 'token')}"
     kv_bytes = tokens * replica.bytes_per_token
     beside = "activations beside it are measured when the model is loaded"
     if replica.working_bytes is not None:

@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tokabatch.report.sections import seconds_text
+from tokabatch.number_text import seconds_text
 
 Phase = Literal["starting", "reading", "simulating", "loading", "generating", "writing"]
 

@@ -12,7 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tokabatch.report.sections import Section, count_text, counted, seconds_text, share_text
+from tokabatch.number_text import count_text, counted, seconds_text, share_text
+from tokabatch.report.sections import Section
 from tokabatch.scoring.estimates import MEAN_SCORE, Estimate, distinct
 
 _EXIT_WORDS = {
@@ -198,8 +199,9 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
     """The final summary of a run; `verbose` adds the figures of the scheduler and the engine."""
     result = _EXIT_WORDS.get(summary.exit_code, f"exit code {summary.exit_code}")
     if summary.exit_code == 3:
-        share = f"{summary.errors:,} of {summary.samples:,} samples ({summary.errors / max(1, summary.samples):.1%}) are errors"
-        result = f"complete, but {share}, more than errors.max_fraction allows; raise it to accept them"
+        found = f"{counted(summary.errors, 'error')} in {counted(summary.samples, 'sample')}"
+        found += share_text(summary.errors, summary.samples)
+        result = f"complete, but with {found}, more than errors.max_fraction allows; raise it to accept them"
     if summary.exit_code == 3 and not summary.ok:
         result = "no row could be completed; see the error rows below"
     if summary.exit_code == 0 and summary.pending:
@@ -270,7 +272,7 @@ def verdict_sections(
             )
         rows += [("estimated", estimator)] if estimator else []
     if samples is not None and done < samples:
-        rows = [("no estimate", f"{count_text(done)} of {count_text(samples)} samples are there; {_PARTIAL}")]
+        rows = [("no estimate", f"{count_text(done)} of {counted(samples, 'sample')} so far; {_PARTIAL}")]
     elif unjudged:
         rows = [("no estimate", f"{counted(unjudged, 'sample')} still to be judged")]
     return (Section("Verified", tuple(rows)),)
@@ -301,15 +303,17 @@ def _faults(summary: RunSummary) -> list[tuple[str, str]]:
         causes = ", ".join(f"{count_text(number)} {cause}" for cause, number in summary.restarts)
         rows.append(("worker restarts", f"{count_text(sum(number for _, number in summary.restarts))} ({causes})"))
     if summary.dropped_steps:
-        rows.append(("out of memory", f"{count_text(summary.dropped_steps)} steps dropped, the later ones half as large"))
+        rows.append(("out of memory", f"{counted(summary.dropped_steps, 'step')} dropped, the later ones half as large"))
     if summary.requeued:
-        rows.append(("taken back", f"{count_text(summary.requeued)} running samples, their tokens kept"))
+        rows.append(
+            ("taken back", counted(summary.requeued, "running sample, its tokens kept", "running samples, their tokens kept"))
+        )
     return rows
 
 
 def _steps(summary: RunSummary) -> str:
     times = f"scheduler {seconds_text(summary.host_seconds)}, launching {seconds_text(summary.launch_seconds)} of CPU time"
-    limits = f" of at most {count_text(summary.max_running)} samples, {count_text(summary.max_step_tokens)} tokens"
+    limits = f" of at most {counted(summary.max_running, 'sample')}, {counted(summary.max_step_tokens, 'token')}"
     return f"{count_text(summary.steps)}{limits if summary.max_running else ''}; {times}"
 
 
@@ -334,8 +338,8 @@ def _output_tokens(summary: RunSummary) -> str:
 
 
 def _preemptions(summary: RunSummary) -> str:
-    waited = f"; samples waited {count_text(summary.waited_steps)} steps for pages" if summary.waited_steps else ""
-    return f"{count_text(summary.preemptions)}, {count_text(summary.recomputed_tokens)} tokens recomputed{waited}"
+    waited = f"; samples waited {counted(summary.waited_steps, 'step')} for pages" if summary.waited_steps else ""
+    return f"{count_text(summary.preemptions)}, {counted(summary.recomputed_tokens, 'token')} recomputed{waited}"
 
 
 def _share_of_time(part: float, whole: float) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.errors import EngineError, ReplicaLost, TokabatchError
 from tokabatch.forecast.step_log import StepLog, Steps, by_time
+from tokabatch.number_text import counted
 from tokabatch.report.summary import ReplicaShare
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger, Part, to_give
@@ -388,7 +389,7 @@ class Fleet:
         member.given_up = True
         if not self._live():
             raise EngineError(f"{fault}; giving up (engine.max_restarts). What is finished is committed.") from fault
-        self._say(member, f"{fault}; the run goes on with {len(self._live())} of {len(self._members)} replicas")
+        self._say(member, f"{fault}; the run goes on with {len(self._live())} of {counted(len(self._members), 'replica')}")
 
     def _say(self, member: Member, text: str) -> None:
         self._tell(text if len(self._members) == 1 else f"replica {member.number}: {text}")

@@ -17,6 +17,7 @@ from tokabatch.engine.warm_up import kinds_of_drawing
 from tokabatch.engine.worker import TraceSpec, WorkerSpec
 from tokabatch.errors import UsageError
 from tokabatch.job import Job
+from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.report.progress import Progress
 from tokabatch.runner.fleet import Fleet
@@ -92,7 +93,8 @@ def make_replica(
     traced = job.trace.replica if job.trace else 0
     if traced >= layout.replicas:
         raise UsageError(
-            f"trace.replica is {traced}, but the run has {layout.replicas} replicas; write 0 to {layout.replicas - 1}"
+            f"trace.replica is {traced}, but the run has {counted(layout.replicas, 'replica')}; write 0 to "
+            f"{layout.replicas - 1}"
         )
     make = other = executor_maker(job, workload, sizes, progress.message, starter)
     if job.trace and layout.replicas > 1:

@@ -15,6 +15,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tokabatch.number_text import counted
+
 _LENGTH, _LONG_LENGTH, _CONTENT = "!i", "!Q", ""
 """What multiprocessing sends: the length, which is -1 if a longer field with it follows, then the content."""
 PAUSE_SECONDS = 0.02
@@ -55,7 +57,7 @@ class MessageReader:
                 return content
             (length,) = struct.unpack(kind, content)
             if length > most:
-                raise OSError(f"a message of {length:,} bytes, where at most {most:,} are due")
+                raise OSError(f"a message of {counted(length, 'byte')}, where at most {most:,} are due")
             self._kind = _LONG_LENGTH if length < 0 else _CONTENT
             self._content = bytearray(struct.calcsize(_LONG_LENGTH) if length < 0 else length)
 

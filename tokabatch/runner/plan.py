@@ -28,12 +28,12 @@ from tokabatch.forecast.scenario import Scenario, check_scenario
 from tokabatch.forecast.simulate import FleetRules
 from tokabatch.job import Job
 from tokabatch.model.spec import tensor_shapes
+from tokabatch.number_text import counted
 from tokabatch.output.probe import check_output
 from tokabatch.output.shard_writer import SHARD_BYTES
 from tokabatch.report.closing import PER_CODE
 from tokabatch.report.outlook import Outlook
 from tokabatch.report.plan_report import HostFacts, ModelFacts, PlanReport, ReplicaFacts
-from tokabatch.report.sections import counted
 from tokabatch.runner.ledger import Ledger, to_give, wants_more
 from tokabatch.runner.replica import scheduler_limits
 from tokabatch.runner.resume import Start, preview
@@ -119,9 +119,9 @@ def _plan_report(
     if job.verify is not None and (stop := job.verify.stop) is not None:
         least = stop.after_correct or stop.majority or 1
         saved = int(np.maximum(workload.samples_of_row - least, 0).sum())
-        kind = "right samples" if stop.after_correct else "equal answers"
+        after = counted(least, "right sample" if stop.after_correct else "equal answer")
         notes.append(
-            f"verify.stop: a row stops after {least} {kind}, which saves {saved:,} of {workload.samples_total:,} samples at "
+            f"verify.stop: a row stops after {after}, which saves {saved:,} of {counted(workload.samples_total, 'sample')} at "
             "most; sizes and simulation are those of a run that saves none. A row's samples begin in waves (4, then up to 8, "
             "16 and so on), each of which computes its prompt again"
         )

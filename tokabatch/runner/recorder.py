@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokabatch.job import Job
+from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import Committed
 from tokabatch.output.schema import UnsampledRow, verdict_names
@@ -76,10 +77,7 @@ class Tally:
     @property
     def unverified_reasons(self) -> tuple[str, ...]:
         """The most frequent ones of this start, each with its count."""
-        return tuple(
-            f"{reason} ({count:,} sample{'' if count == 1 else 's'})"
-            for reason, count in self._reasons.most_common(SHOWN_REASONS)
-        )
+        return tuple(f"{reason} ({counted(count, 'sample')})" for reason, count in self._reasons.most_common(SHOWN_REASONS))
 
     def add(self, table: pa.Table, *, judged: bool, sign: int = 1) -> None:
         """Count the samples of a table, or with a `sign` of -1 take them back; `judged` ones have columns of verdicts."""

@@ -19,6 +19,7 @@ from tokabatch.engine.executor import Executor
 from tokabatch.engine.replica_sizes import ReplicaSizes
 from tokabatch.errors import EngineError, ModelError, StepDropped, UsageError, WorkerLost
 from tokabatch.forecast.step_log import Steps
+from tokabatch.number_text import counted
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.step_times import Stopwatch
 from tokabatch.scheduling.contracts import Completion, Requests
@@ -262,8 +263,8 @@ class Replica:
         self._watch.restart()
         limits = self.scheduler.limits
         self._tell(
-            f"{fault}. The run goes on with steps of at most {limits.max_step_tokens:,} tokens and {limits.max_running:,} "
-            "samples (engine.max_step_tokens, engine.max_running)"
+            f"{fault}. The run goes on with steps of at most {counted(limits.max_step_tokens, 'token')} and "
+            f"{counted(limits.max_running, 'sample')} (engine.max_step_tokens, engine.max_running)"
         )
         try:
             self._executor.resume()
@@ -281,7 +282,9 @@ class Replica:
             )
         if completions:
             self._barren = 0
-        self._renew(fault, f"{self.scheduler.counts.requeued - before:,} running samples keep their tokens and go on")
+        requeued = self.scheduler.counts.requeued - before
+        kept = counted(requeued, "running sample keeps its tokens and goes on", "running samples keep their tokens and go on")
+        self._renew(fault, kept)
         try:
             completions += self._start_worker()
         except UsageError as error:

@@ -22,6 +22,7 @@ from tokabatch.input.fingerprint import UNKNOWN, Fingerprint
 from tokabatch.input.store.kept_input import keep_input
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.job import Job, VerifyConfig
+from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import (
     Committed,
@@ -46,7 +47,6 @@ from tokabatch.output.manifest import (
 from tokabatch.output.remedy import begin_record, refuse_faults, refuse_other_verdicts, refuse_unrecorded
 from tokabatch.output.same_job import EarlierRun, find_run
 from tokabatch.output.schema import UnsampledRow, verdict_fields
-from tokabatch.report.sections import counted
 from tokabatch.runner.reuse import Reuse
 from tokabatch.runner.row_stops import RowStops
 from tokabatch.runner.score import judge_again, num_lacking
@@ -80,7 +80,7 @@ class Start:
         for note in self.workload.notes:
             tell(note)
         if self.committed.samples:
-            tell(f"continuing: {self.committed.samples:,} of {self.workload.samples_total:,} samples are there already")
+            tell(f"continuing: {self.committed.samples:,} of {counted(self.workload.samples_total, 'sample')} already there")
 
     @classmethod
     def after(cls, committed: Committed, workload: Workload, job: Job, folder: OutputFolder) -> Start:
@@ -125,8 +125,8 @@ def start(
             if reuse.overwrite:
                 shards = folder.shards()
                 if shards:
-                    size = sum(shard.bytes for shard in shards)
-                    tell(f"--overwrite: deleting {counted(len(shards), 'file')}, {size:,} bytes, of the run in {folder.path}")
+                    size = counted(sum(shard.bytes for shard in shards), "byte")
+                    tell(f"--overwrite: deleting {counted(len(shards), 'file')}, {size}, of the run in {folder.path}")
                 claim.discard()
             _write_start(job, claim, workload, describe_run(job, workload, clock), ())
             started = Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)

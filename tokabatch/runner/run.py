@@ -33,6 +33,7 @@ from tokabatch.forecast.cost_model import device_name, has_known_rates, read_pro
 from tokabatch.forecast.profile import SavedProfile
 from tokabatch.forecast.step_log import Steps
 from tokabatch.job import Job
+from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.output.excerpts import finish_reasons
 from tokabatch.output.existing_results import read_committed
@@ -152,9 +153,9 @@ def _run_in_folder(
         sizes = size_replica(job, workload, profile)
         if profile is None and not has_known_rates(workload.device):
             tell(
-                f"the rates of {device_name(workload.device)} are not known: steps take up to {sizes.max_step_tokens:,} tokens "
-                "and their time is not predicted. Fit a profile to this run (`tokabatch profile`) and name it "
-                "as engine.profile"
+                f"the rates of {device_name(workload.device)} are not known: steps take up to "
+                f"{counted(sizes.max_step_tokens, 'token')} and their time is not predicted. Fit a profile to this run "
+                "(`tokabatch profile`) and name it as engine.profile"
             )
         supply = None
         if shared is not None and leases is not None and units is not None:
@@ -214,16 +215,19 @@ def _complete(state: RunState, claim: Claim, leases: Leases | None, on_rows: OnR
     if exit_code == EXIT_COMPLETE and (len(started.left.requests) or (supply is not None and started.has_more)):
         exit_code = _generate(state)
         if job.trace and (taken := np.count_nonzero(state.replica.steps()["replica"] == job.trace.replica)) < job.trace.start:
-            tell(f"nothing was traced: the run had {taken} steps, and trace.start is {job.trace.start}; write less")
+            tell(
+                f"nothing was traced: the run had {counted(int(taken), 'step')}, and trace.start is {job.trace.start}; "
+                "write less"
+            )
     state.show("writing")
     with claim.committing():
         books = _close_books(state, claim, leases, on_rows)
     if not books.closed and started.stops is not None and (held := started.stops.num_held):
-        tell(f"{held:,} finished samples will be computed again: earlier samples of their rows are not judged yet")
+        tell(f"{counted(held, 'finished sample')} will be computed again: earlier samples of the same row are not judged yet")
     if books.unjudged:
         tell(
-            f"{books.unjudged:,} finished samples are not judged yet, and nothing is estimated before: the same command has "
-            "them judged"
+            f"{counted(books.unjudged, 'finished sample is', 'finished samples are')} not judged yet, and nothing is estimated "
+            "before: the same command judges what is left"
         )
     stopped = exit_code or (0 if books.closed else state.stop.poll())
     abandoned = None if supply is None else supply.abandoned

@@ -25,6 +25,7 @@ from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.input.fingerprint import is_of_verify, verify_settings
 from tokabatch.input.store.json_types import parse_json_texts
 from tokabatch.job import Job, VerifyConfig
+from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
 from tokabatch.output.export_target import check_target
@@ -55,7 +56,6 @@ from tokabatch.output.shards import PARQUET_OPTIONS, claimed_shards, count_ok, o
 from tokabatch.output.status import read_status
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN
 from tokabatch.report.run_estimates import read_estimates, read_estimator
-from tokabatch.report.sections import counted
 from tokabatch.runner.interruption import Interruption
 from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring.estimates import Estimate
@@ -242,7 +242,7 @@ def _rejudge(
             scored.reasons.update(table["verify_error"].drop_null().to_pylist())
             scored = replace(scored, judged=scored.judged + judged)
         replace_shard(claim, file, tables)
-        tell(f"{file.path.name}: judged ({number:,} of {len(left):,} files)")
+        tell(f"{file.path.name}: judged ({number:,} of {counted(len(left), 'file')})")
     mark_success(claim, claimed_shards(claim), manifest.samples)
     scored = replace(scored, estimates=read_estimates(claim.folder.path) or ())
     if summary:

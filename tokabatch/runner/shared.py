@@ -23,6 +23,7 @@ from tokabatch.arrays import Int64
 from tokabatch.errors import BusyError, DamageError, OutputError, Stopped
 from tokabatch.input.store.kept_input import INDEX, can_be_kept, keep_input
 from tokabatch.job import Job
+from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import nothing_committed, read_committed
 from tokabatch.output.folder import OutputFolder
@@ -362,7 +363,8 @@ def _cut(workload: Workload, count: int) -> Units:
 def _refuse_other_extent(folder: OutputFolder, manifest: Manifest, workload: Workload) -> None:
     if (manifest.rows, manifest.samples) != (workload.store.num_rows, workload.samples_total):
         raise OutputError(
-            f"output.path {str(folder.path)!r} is shared by writers of {manifest.samples:,} samples of {manifest.rows:,} rows; "
-            f"this job has {workload.samples_total:,} of {workload.store.num_rows:,}. End the others, then run the job once "
-            "without --shared, which may add rows and samples; or choose another output.path."
+            f"output.path {str(folder.path)!r} is shared by writers of {counted(manifest.samples, 'sample')} of "
+            f"{counted(manifest.rows, 'row')}; this job has {workload.samples_total:,} of {workload.store.num_rows:,}. End "
+            "the others, then run the job once without --shared, which may add rows and samples; or choose another "
+            "output.path."
         )

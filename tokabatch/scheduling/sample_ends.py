@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokabatch.arrays import Bool, Int32, Int64
+from tokabatch.number_text import counted
 from tokabatch.scheduling.contracts import WORKER_CRASH, Completion, Scores
 from tokabatch.scheduling.generated import Generated
 from tokabatch.scheduling.kv.slots import Slots
@@ -115,9 +116,9 @@ def overflow(work: Work, prompt: int, page_size: int, num_pages: int) -> tuple[s
     length, limit = int(work.length[prompt]), int(work.max_tokens[work.params[prompt]])
     needed = int(work.num_pages(np.array([prompt], np.int32), page_size)[0])
     return "kv_cache_overflow", (
-        f"the prompt has {length:,} tokens and max_tokens is {limit:,}, which needs {needed * page_size:,} tokens of KV "
-        f"cache in pages of {page_size}; the cache holds {num_pages * page_size:,}. Shorten the prompt, lower "
-        "max_tokens, or raise engine.kv_cache_tokens where memory allows"
+        f"the prompt has {counted(length, 'token')} and max_tokens is {limit:,}, which needs "
+        f"{counted(needed * page_size, 'token')} of KV cache in pages of {page_size}; the cache holds "
+        f"{num_pages * page_size:,}. Shorten the prompt, lower max_tokens, or raise engine.kv_cache_tokens where memory allows"
     )
 
 

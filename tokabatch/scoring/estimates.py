@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from tokabatch.arrays import Bool, Float64, Int64
+from tokabatch.number_text import first_counted
 from tokabatch.scoring.early_stopping import StopRule, estimate_stopped
 from tokabatch.scoring.pass_at_k import estimate, ks_of, log_binomials
 
@@ -80,7 +81,8 @@ def estimator(rule: StopRule | None) -> str:
     if rule is None:
         return "pass@k by Chen et al. (2021) of all samples"
     if rule.majority is not None:
-        return f"of the first {rule.majority} samples of each row, which no row stops before; pass@k by Chen et al. (2021)"
+        samples = first_counted(rule.majority, "sample")
+        return f"of the {samples} of each row, which no row stops before; pass@k by Chen et al. (2021)"
     return (
         f"of rows that stopped at right sample {rule.after_correct}, without that sample, which the rule made right: pass@k by "
         "Chen et al. (2021) of N - 1 samples, as is unbiased (Girshick et al., 1946); of the others, of all samples"

@@ -26,6 +26,8 @@ from traceback import extract_tb
 from types import ModuleType
 from typing import Any
 
+from tokabatch.number_text import counted
+
 ANSWER = "extracted"
 """The column with the answer that a judge extracts from the text, if it does: what a majority is counted over."""
 MAX_REASON = 200
@@ -157,7 +159,7 @@ class Judge:
         try:
             returned = list(self._function(list(texts), list(rows), **self._options))
             if len(returned) != len(texts):
-                raise ValueError(f"it returned {len(returned)} verdicts for {len(texts)} texts")
+                raise ValueError(f"it returned {counted(len(returned), 'verdict')} for {counted(len(texts), 'text')}")
         except BaseException as error:
             if len(texts) == 1:
                 return [Verdict.none(_reason(error))]

@@ -26,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 from tokabatch.errors import RowError
 from tokabatch.input.files.strict_json import parse_object
 from tokabatch.input.prompts.builder import Prompt
+from tokabatch.number_text import counted
 from tokabatch.openai.errors import ApiError, of_row
 from tokabatch.openai.requests import parse_request
 from tokabatch.openai.responses import Head
@@ -232,7 +233,7 @@ class Api:
     async def _body(self, http: HttpRequest, read: Callable[[dict[str, Any]], Result]) -> Result:
         """What `read` makes of the JSON object that was sent; of a large one, beside the event loop. Raises Refused."""
         most = self._config.max_body
-        too_large = ApiError(f"the body has more than {most:,} bytes (server.max_body)", None, "body_too_large", 413)
+        too_large = ApiError(f"the body has more than {counted(most, 'byte')} (server.max_body)", None, "body_too_large", 413)
         encoding = http.headers.get("content-encoding", "identity")
         if encoding != "identity":
             message = f"a body of Content-Encoding {encoding!r} cannot be read; send it as it is"

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from tokabatch.errors import TokabatchError
 from tokabatch.forecast.step_log import StepLog, Steps
+from tokabatch.number_text import counted
 from tokabatch.runner.replica import Standing
 from tokabatch.scheduling.contracts import Completion, Requests, SamplingParams
 from tokabatch.scheduling.counts import SchedulerCounts
@@ -173,8 +174,8 @@ class BackgroundReplica:
         length, params = int(self._requests.length[prompt]), self._params(prompt)
         row, error = int(self._requests.row_index[prompt]), None
         if length + params.max_tokens > self._most:
-            long = f"the prompt has {length:,} tokens, and {length + params.max_tokens:,} with max_tokens; the server takes "
-            error = "prompt_too_long", f"{long}{self._most:,} (server.context, engine.kv_cache_tokens)"
+            long = f"the prompt has {counted(length, 'token')}, and {length + params.max_tokens:,} with max_tokens"
+            error = "prompt_too_long", f"{long}; the server takes {self._most:,} (server.context, engine.kv_cache_tokens)"
         elif (excess := beyond_limits(params)) is not None:
             error = "bad_sampling", f"{excess[0]} may hold {excess[1]} in a request"
         if error is None:

@@ -15,6 +15,7 @@ from typing import Any
 from tokabatch.errors import RowError, TokabatchError
 from tokabatch.input.prompts.builder import Prompt
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
+from tokabatch.number_text import counted
 from tokabatch.openai.errors import ApiError, of_row
 from tokabatch.openai.requests import CHAT, Request
 from tokabatch.openai.responses import (
@@ -96,8 +97,8 @@ class Completions:
         if tokens > self._most_tokens:
             raise Refused(
                 ApiError(
-                    f"the request asks for up to {tokens:,} tokens (prompts times n times max_tokens); one may ask for "
-                    f"{self._most_tokens:,}. Lower max_tokens, send several requests, or raise server.max_request_tokens",
+                    f"the request asks for up to {counted(tokens, 'token')} (prompts times n times max_tokens); one may ask "
+                    f"for {self._most_tokens:,}. Lower max_tokens, send several requests, or raise server.max_request_tokens",
                     "max_tokens",
                     "too_many_tokens",
                 )
@@ -108,7 +109,8 @@ class Completions:
         samples = sum(wanted.params.n for draft in drafts for wanted in draft.wanted)
         if samples > (most := self._engine.most_samples):
             message = (
-                f"the request asks for {samples:,} samples (prompts times n), but at most {most:,} run and wait at a time. "
+                f"the request asks for {counted(samples, 'sample')} (prompts times n), but at most {most:,} run and wait at a "
+                "time. "
             )
             advice = "Send several requests, or raise server.max_waiting"
             raise Refused(ApiError(message + advice, "n", "too_many_samples"))

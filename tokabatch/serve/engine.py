@@ -17,6 +17,7 @@ from functools import partial
 from tokabatch.arrays import Int32
 from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
+from tokabatch.number_text import counted
 from tokabatch.output.schema import sample_texts
 from tokabatch.runner.replica import Standing
 from tokabatch.scheduling.contracts import Completion
@@ -342,7 +343,9 @@ class Engine:
         self._lost[number] += 1
         self.counts.restarts += 1
         rows = [row for row, live in self._live.items() if live.process == number]
-        self._tell(f"{process.how_it_ended()}. Starting another; {len(rows):,} requests are computed again")
+        self._tell(
+            f"{process.how_it_ended()}. Starting another; {counted(len(rows), 'request is', 'requests are')} computed again"
+        )
         self._load[number] = 0
         self._standing[number] = None
         try:

@@ -12,6 +12,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, Response
 
+from tokabatch.number_text import counted
 from tokabatch.openai.errors import ApiError
 from tokabatch.serve.batches import Batches
 from tokabatch.serve.completions import Refused
@@ -82,7 +83,7 @@ class FileRoutes:
         async for part in http.stream():
             length += len(part)
             if length > self._most:
-                message = f"the file has more than {self._most:,} bytes (server.max_file)"
+                message = f"the file has more than {counted(self._most, 'byte')} (server.max_file)"
                 raise Refused(ApiError(message, "file", "file_too_large", 413))
             yield part
 

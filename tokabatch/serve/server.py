@@ -25,6 +25,7 @@ from tokabatch.engine.replica_sizes import MOST_STEPS
 from tokabatch.errors import EngineError, UsageError
 from tokabatch.forecast.cost_model import read_profile, size_replica
 from tokabatch.input.prompts.builder import Limits
+from tokabatch.number_text import counted
 from tokabatch.runner.make_replica import executor_maker
 from tokabatch.runner.replica import scheduler_limits
 from tokabatch.scheduling.contracts import Requests, SamplingParams
@@ -130,8 +131,8 @@ async def _serve(
                 context = api.context = engine.capacity
                 prompts.limit(context)
                 tell(
-                    f"a prompt and its output together may have {context:,} tokens, because the KV cache holds no more "
-                    "(engine.kv_cache_tokens); the model's context is longer"
+                    f"a prompt and its output together may have {counted(context, 'token')}, because the KV cache holds no "
+                    "more (engine.kv_cache_tokens); the model's context is longer"
                 )
             if batches is not None:
                 batches.begin(context, tell)
@@ -144,7 +145,8 @@ async def _serve(
         api.draining = True
         closing = asyncio.gather(*([] if batches is None else [batches.close()]))
         if stop.is_set() and engine.unfinished:
-            tell(f"stopping: {engine.unfinished:,} samples are finished first, for at most {server.grace_seconds:g} s")
+            left = counted(engine.unfinished, "sample is", "samples are")
+            tell(f"stopping: {left} finished first, for at most {server.grace_seconds:g} s")
             end = loop.time() + server.grace_seconds
             while engine.unfinished and engine.failure is None and loop.time() < end:
                 await asyncio.sleep(0.05)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tokabatch.errors import CommitError, OutputError, UsageError
+from tokabatch.number_text import counted
 
 _REMEDIES = {
     errno.ENOSPC: "make room there",
@@ -41,7 +42,7 @@ def reason(error: OSError) -> str:
     said = error.strerror or str(error)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if error.errno == errno.EFBIG and limit != resource.RLIM_INFINITY:
-        return f"{said}: this process may write {limit:,} bytes into a file"
+        return f"{said}: this process may write {counted(limit, 'byte')} into a file"
     return said
 
 

@@ -29,6 +29,7 @@ from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.input.store.tokenized_input import InputStore, ingest
 from tokabatch.input.tokenizer.stop_texts import describe_stops
 from tokabatch.job import GenerationConfig, Job
+from tokabatch.number_text import counted
 from tokabatch.output.reasoning import ReasoningTags, choose_tags
 from tokabatch.output.schema import FailedRow, input_names, output_schema, verdict_fields
 from tokabatch.output.unwritable import refuse_unwritable
@@ -255,7 +256,7 @@ def _describe_greedy(store: InputStore, mode: str) -> tuple[str, ...]:
     rows = int(np.array(alike, bool)[drawn].sum()) if alike else 0
     if mode != "generate" or not rows:
         return ()
-    whose = "all rows" if rows == len(drawn) else f"{rows:,} of {len(drawn):,} rows"
+    whose = "all rows" if rows == len(drawn) else f"{rows:,} of {counted(len(drawn), 'row')}"
     return (
         f"generation.temperature is 0 and generation.n above 1 for {whose}: the samples of a row are all the likeliest one and "
         "hardly differ; set a temperature above 0 for samples that do",
@@ -288,7 +289,7 @@ def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None, *, 
         )
     shown = [f"{store.places.name(row)} cannot be judged: {fault}" for row, fault in list(faults.items())[:SHOWN_FAULTS]]
     more = len(faults) - len(shown)
-    return (*shown, *((f"{more:,} more rows cannot be judged",) if more else ()))
+    return (*shown, *((f"{counted(more, 'more row')} cannot be judged",) if more else ()))
 
 
 def _accept(fingerprint: Fingerprint, digests: RowDigests | None, places: RowPlaces) -> None:
@@ -315,9 +316,9 @@ def _samples_of_row(store: InputStore, n: int) -> Int64:
     total = int(samples.sum())
     if total > MOST_SAMPLES:
         raise JobError(
-            f"generation.n: the {len(samples):,} rows come to {total:,} samples; a run has at most {MOST_SAMPLES:,}, as "
-            "it keeps a record of each. Lower generation.n (or n in sampling_params), or give parts of the rows to jobs "
-            "of their own (input.path)"
+            f"generation.n: {counted(len(samples), 'row comes', 'rows come')} to {counted(total, 'sample')}; a run has at "
+            f"most {MOST_SAMPLES:,}, as it keeps a record of each. Lower generation.n (or n in sampling_params), or give "
+            "parts of the rows to jobs of their own (input.path)"
         )
     return samples
 

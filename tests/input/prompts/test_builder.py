@@ -40,7 +40,7 @@ def test_template_with_few_shot_in_front(tmp_path: Path, write_rows: Write, inge
 
 def test_few_shot_faults_are_refused(write_rows: Write, ingest_job: Ingest) -> None:
     path = write_rows({"q": "x"})
-    for template, k, message in (("{{ answer }}", 1, "missing_field|answer"), ("{{ q }}", 2, "holds 1 rows")):
+    for template, k, message in (("{{ answer }}", 1, "missing_field|answer"), ("{{ q }}", 2, "holds 1 row, but")):
         with pytest.raises(InputError, match=message):
             ingest_job(path, prompt={"template": "{{ q }}", "few_shot": {"path": str(path), "k": k, "template": template}})
 

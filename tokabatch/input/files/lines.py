@@ -19,6 +19,7 @@ import zstandard
 from tokabatch.errors import InputError
 from tokabatch.input.files.content import refuse_foreign
 from tokabatch.input.files.paths import InputFile, refuse_unreachable
+from tokabatch.number_text import counted
 
 READ_BYTES = 1 << 20
 COMPRESSED_READ_BYTES = 16 << 10
@@ -130,6 +131,6 @@ def _inflate(begin: bytes, stream: IO[bytes], file: InputFile, new: Callable[[],
         consumed += len(block)
     if current is not None:
         raise InputError(
-            f"{file.path} is cut short: its compressed data ends after {consumed} bytes without an end mark, so rows are "
-            "missing. Fetch or compress it again."
+            f"{file.path} is cut short: its compressed data ends after {counted(consumed, 'byte')} without an end mark, so "
+            "rows are missing. Fetch or compress it again."
         )

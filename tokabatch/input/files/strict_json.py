@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn, cast
 
 from tokabatch.errors import RowError
+from tokabatch.number_text import counted
 
 MAX_DEPTH = 100
 MAX_SHOWN = 80
@@ -28,7 +29,8 @@ def parse_object(data: bytes) -> dict[str, Any] | RowError:
     except UnicodeDecodeError as error:
         return RowError(
             "bad_utf8",
-            f"invalid UTF-8: {error.reason} (byte 0x{data[error.start]:02x}, {error.start} bytes in); save it as UTF-8",
+            f"invalid UTF-8: {error.reason} (byte 0x{data[error.start]:02x}, {counted(error.start, 'byte')} in); save "
+            f"it as UTF-8",
         )
     fault = _depth_fault(text)
     if fault:

@@ -22,6 +22,7 @@ from tokabatch.input.prompts.row_settings import RowSettings
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS, Draft, PromptSource
 from tokabatch.input.rows import NO_PLACES, Row, RowPlaces
 from tokabatch.job import GenerationConfig, PromptConfig
+from tokabatch.number_text import counted
 from tokabatch.scheduling.contracts import SamplingParams
 
 if TYPE_CHECKING:
@@ -290,7 +291,8 @@ class PromptBuilder:
             return RowError(
                 "bad_token_id",
                 f"the prompt uses the token {self._tokenizer.token_text(last)!r} (id {last}), but the model has embeddings for "
-                f"{self._limits.vocab_size} ids; leave it out of the row or the template, or use weights that have it",
+                f"{counted(self._limits.vocab_size, 'id')}; leave it out of the row or the template, or use weights "
+                f"that have it",
             )
         room = self._limits.context_length - len(ids)
         least = max(1, params.max_tokens or params.min_tokens)
@@ -299,7 +301,7 @@ class PromptBuilder:
             given = f" and {name} is {least}, together {len(ids) + least}" if params.max_tokens or params.min_tokens else ""
             return RowError(
                 "prompt_too_long",
-                f"the prompt has {len(ids)} tokens{given}; the model's context is {self._limits.context_length}",
+                f"the prompt has {counted(len(ids), 'token')}{given}; the model's context is {self._limits.context_length}",
             )
         params = params if params.max_tokens else replace(params, max_tokens=room)
         return Prompt(row.index, np.asarray(ids, dtype=np.int32), params)
@@ -310,7 +312,8 @@ class PromptBuilder:
         if isinstance(draft, Draft) and self._tokenizer.exceeds(draft.text, limit):
             return RowError(
                 "prompt_too_long",
-                f"the prompt of {len(draft.text)} characters has more than {2 * limit} tokens; the model's context is {limit}",
+                f"the prompt of {counted(len(draft.text), 'character')} has more than {counted(2 * limit, 'token')}; "
+                f"the model's context is {limit}",
             )
         return draft
 

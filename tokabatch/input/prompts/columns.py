@@ -9,6 +9,7 @@ from tokabatch.errors import InputError, JobError
 from tokabatch.input.missing import ROW, did_you_mean, list_columns, optional
 from tokabatch.input.prompts.templates import Template, compile_template
 from tokabatch.job import Job, PromptConfig
+from tokabatch.number_text import first_counted
 
 PROMPT, MESSAGES, TOKEN_IDS = "prompt", "messages", "prompt_token_ids"
 FIRST_ROWS = 1000
@@ -40,7 +41,7 @@ class PromptColumns:
         rows."""
         has, its, later = "the input has", "its", ""
         if rows is not None:
-            has, its = f"the first {rows:,} rows have", "their"
+            has, its = (f"the {first_counted(rows, 'row')} have", "their") if rows > 1 else ("the first row has", "its")
             later = ". If later rows have it, put one of them first"
         if missing := self.missing(present):
             near = {name: did_you_mean(name, present, template=name in self.own_names) for name in missing}

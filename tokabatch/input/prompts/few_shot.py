@@ -9,6 +9,7 @@ from tokabatch.errors import InputError, RowError
 from tokabatch.input.prompts.templates import compile_template
 from tokabatch.input.readers import open_path
 from tokabatch.input.rows import Row, RowPlaces
+from tokabatch.number_text import counted
 
 SEPARATOR = "\n\n"
 
@@ -30,7 +31,7 @@ def render_few_shot(path: str, k: int, template: str) -> str:
             raise
         raise InputError(f"prompt.few_shot.path: {error}") from error
     if len(rows) < k:
-        raise InputError(f"prompt.few_shot.path {path} holds {len(rows)} rows, but few_shot.k is {k}; lower k")
+        raise InputError(f"prompt.few_shot.path {path} holds {counted(len(rows), 'row')}, but few_shot.k is {k}; lower k")
     examples: list[str] = []
     for row in rows:
         text = row.error or compiled.render(row.columns or {})

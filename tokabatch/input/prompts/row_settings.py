@@ -12,6 +12,7 @@ from tokabatch.input.prompts.chat import decoded
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS
 from tokabatch.input.tokenizer.stop_texts import refuse_special
 from tokabatch.job import GenerationConfig
+from tokabatch.number_text import counted
 from tokabatch.scheduling.contracts import SamplingParams
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def refuse_beyond(params: SamplingParams, vocab_size: int) -> str | None:
     """Return why a model of `vocab_size` tokens cannot be sampled with `params`, None if it can: a setting names a token that
     it does not have."""
     if (params.logprobs or 0) > vocab_size:
-        return f"logprobs is {params.logprobs}, but the model has {vocab_size} tokens; write at most that many"
+        return f"logprobs is {params.logprobs}, but the model has {counted(vocab_size, 'token')}; write at most that many"
     named: dict[str, Iterable[int]] = {
         "stop_token_ids": params.stop_token_ids,
         "logit_bias": (token for token, _ in params.logit_bias),
@@ -109,6 +110,6 @@ def refuse_beyond_context(generation: GenerationConfig, context_length: int) -> 
     """Raises the JobError of a job whose samples would have no room for a prompt in a context of so many tokens."""
     if generation.max_tokens != "context" and generation.max_tokens >= context_length:
         raise JobError(
-            f"generation.max_tokens is {generation.max_tokens}, but the model's context is {context_length} tokens, "
+            f"generation.max_tokens is {generation.max_tokens}, but the model's context is {counted(context_length, 'token')}, "
             "prompt included; write a smaller number"
         )

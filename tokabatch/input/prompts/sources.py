@@ -41,6 +41,7 @@ from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.prompts.printing import NotText
 from tokabatch.input.prompts.templates import compile_template
 from tokabatch.job import PromptConfig
+from tokabatch.number_text import counted
 
 if TYPE_CHECKING:
     from tokabatch.input.tokenizer.tokenizer import Tokenizer
@@ -153,7 +154,7 @@ class PromptSource:
         ids = cast("list[int]", value)
         if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
             outside = next(token for token in ids if not 0 <= token < self._vocab_size)
-            return RowError("bad_token_id", f"token id {outside} is outside the model's {self._vocab_size} ids")
+            return RowError("bad_token_id", f"token id {outside} is outside the model's {counted(self._vocab_size, 'id')}")
         return Draft(token_ids=ids)
 
     def _from_defaults(self, row: Mapping[str, Any], blank: Blank) -> Draft | RowError:

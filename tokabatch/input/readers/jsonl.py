@@ -15,6 +15,7 @@ from tokabatch.input.files.lines import MAX_LINE_BYTES, Line, read_lines
 from tokabatch.input.files.paths import InputFile
 from tokabatch.input.files.strict_json import BAD_JSON, parse_object
 from tokabatch.input.rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, Row, RowBatch
+from tokabatch.number_text import counted, first_counted
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_LEADING_FAULTS = 100
@@ -79,9 +80,9 @@ class JsonLinesReader:
                 leading += rows[0].columns is None and leading == line.number - 1
                 if leading == MAX_LEADING_FAULTS:
                     raise InputError(
-                        f"{file.path} is not JSON Lines: not one of its first {leading} lines is an object ({rows[0].error}). "
-                        "Write one JSON object a line; CSV becomes that with pandas.read_csv(...).to_json(..., "
-                        "orient='records', lines=True)"
+                        f"{file.path} is not JSON Lines: not one of its {first_counted(leading, 'line')} is an object "
+                        f"({rows[0].error}). Write one JSON object a line; CSV becomes that with "
+                        "pandas.read_csv(...).to_json(..., orient='records', lines=True)"
                     )
                 yield file, line, rows
 
@@ -90,7 +91,7 @@ class JsonLinesReader:
         place = f"{file.shown} line {line.number} (byte {line.offset})"
         if line.data is None:
             limit = self.max_line_bytes
-            fault = f"{place}: the line is {line.length} bytes long, the limit is {limit}; is the file JSON Lines?"
+            fault = f"{place}: the line is {counted(line.length, 'byte')} long, the limit is {limit}; is the file JSON Lines?"
             return [LineRow(None, b"", RowError(BAD_JSON, fault))]
         if not line.data.strip():
             return [LineRow(None, b"", RowError(BAD_JSON, f"{place}: the line is empty"))]

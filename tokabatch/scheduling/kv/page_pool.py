@@ -38,7 +38,7 @@ class PagePool:
 
     def allocate(self, count: int) -> Int32:
         """Allocate `count` pages with one reference each, and return their ids. The caller has checked `num_free`."""
-        assert count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
+        assert count <= self.num_free, f"asked for {count}, {self.num_free} free"
         self.num_free -= count
         pages = self._free[self.num_free : self.num_free + count][::-1].copy()
         self.references[pages] = 1
