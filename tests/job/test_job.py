@@ -226,6 +226,32 @@ class TestRefusedFiles:
             ("generation: {stop: ''}", "4: generation.stop: got empty text; accepts a non-empty text, or a list of them"),
             ("generation: {stop_token_ids: -1}", "4: generation.stop_token_ids: got the number -1; accepts a token id"),
             ("generation: {stop: ['']}", "generation.stop[0]: got empty text"),
+            (
+                'generation:\n  stop:\n    -"\\n"\n    -b',
+                '5: generation.stop: a space is missing behind the dash: write `- "\\n"`',
+            ),
+            ("generation: {stop: -'a b'}", "4: generation.stop: a list on the line of its key is written in brackets: ['a b']"),
+            (
+                "generation:\n  stop_token_ids:\n    -5\n    -6",
+                "5: generation.stop_token_ids: a space is missing behind the dash: w",
+            ),
+            ("output:\n  columns:\n    -id", "given twice"),
+            (
+                'prompt: {template: "\\boxed{}"}',
+                r"4: prompt.template: the \b of `\boxed{}` became a backspace character (U+0008), as",
+            ),
+            (
+                'prompt: {system: "Use \\frac{1}{2} and x"}',
+                r"prompt.system: the \f of `\frac{1}{2} an…` became a form feed (U+000C)",
+            ),
+            ('generation: {stop: [a, "\\alpha"]}', r"generation.stop[1]: the \a of `\alpha` became a bell character (U+0007)"),
+            (
+                'verify: {kind: exact, answer: a, options: {x: ["\\epsilon"]}}',
+                r"verify.options.x[0]: the \e of `\epsilon` became an",
+            ),
+            ('prompt: {template: "\\vec\\0"}', r"single quotes or below a block `|`, or write \\v"),
+            ('prompt: {template: "\\x7 \\x01"}', "is not valid YAML"),
+            ('prompt: {template: "\\x01"}', "prompt.template: holds the control character U+0001; remove it"),
             ("generation:\n  stop:\n    - a\n    - 3", "7: generation.stop[1]: got the number 3"),
             ("generation: {stop_token_ids: [-1]}", "stop_token_ids[0]: got the number -1; accepts a token id"),
             ("generation: {ignore_eos: yes}", "got the text yes; accepts true or false"),
@@ -349,6 +375,9 @@ class TestRefusedFiles:
         )
         assert "got a Python set; accepts" in refusal({**MINIMAL, "generation": {"temperature": {1}}})
         assert "unknown key" in refusal({**MINIMAL, 3: 4})
+        assert r"job: prompt.template: the \b of `\beta` became a backspace" in refusal(
+            {**MINIMAL, "prompt": {"template": "\beta"}}
+        )
 
     @settings(max_examples=150, deadline=None)
     @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60) | st.text("{}[]:,-?&*!|>'\"%@` \n#ab1", max_size=60))
@@ -356,6 +385,13 @@ class TestRefusedFiles:
         path = tmp_path_factory.getbasetemp() / "any.yaml"
         path.write_text(text, encoding="utf-8")
         assert str(path) in refusal(path)
+
+
+def test_texts_may_begin_with_a_dash_and_hold_tabs(tmp_path: Path) -> None:
+    text = 'prompt:\n  template:\n    -a\n  system: "\\ta\\r\\n"\ngeneration: {stop: [-a, "-b", --], bad_words: -x}\n'
+    job = Job.load(write(tmp_path, HEADER + text))
+    assert (job.prompt.template, job.prompt.system) == ("-a", "\ta\r\n")
+    assert (job.generation.stop, job.generation.bad_words) == (("-a", "-b", "--"), ("-x",))
 
 
 class TestOverrides:
@@ -412,6 +448,7 @@ class TestOverrides:
             ("generation.n", "override `generation.n`: write key=value, for example generation.n=4"),
             ("=4", "override `=4`: write key=value"),
             ("generation..n=4", "write key=value"),
+            ('generation.stop=["\\f"]', "generation.stop[0]: the \\f became a form feed (U+000C), as in double quotes"),
             ("verify.kind=gsm8k", "override `verify.kind=gsm8k`: verify: kind gsm8k needs `answer`"),
         ],
     )

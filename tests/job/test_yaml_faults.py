@@ -65,6 +65,18 @@ FAULTS = [
     ("a:\n  b: ? x\n", 2, "text that begins with ? needs quotes"),
     ("a:\n  b: - x\n", 2, "a list on the line of its key is written in brackets"),
     ("a: x\x01y\n", 1, "`a: x\\x01y` is not valid YAML: it holds a control character, U+0001"),
+    # Items of lists.
+    ("a:\n  b:\n    - x\n    -y\n", 4, "a space is missing behind the dash: write `- y`"),
+    ("a:\n  b:\n  -'x'\n  c: 1\n", 3, "a space is missing behind the dash: write `- 'x'`"),
+    # Ends of lines that editors do not show.
+    (
+        "a:\n  b: |\n    word\u2028y\n    z\n",
+        3,
+        r"`word\u2028y` is not valid YAML: it holds the character U+2028 (line separator)",
+    ),
+    ("a:\n  b: |\n    word\u2028y: z\nc: 1\n", 3, "which ends the line in YAML; write a space or a newline instead"),
+    ("a:\n  b: x\u2029y\nc: 1\n", 2, "U+2029 (paragraph separator)"),
+    ('# word\u0085y\na: "z\n', 1, "U+0085 (next line)"),
     # Whole files.
     ("a: 1\n---\nb: 2\n", 2, "a line --- begins a second job"),
     ("a: 1\n...\nb: 2\n", 2, "`...` ends the document; remove it"),
@@ -86,6 +98,12 @@ def test_faults(text: str, line: int, message: str) -> None:
         said = f"job.yaml:{at}: {'.'.join(map(str, path))}: {what}"
     assert said.startswith(f"job.yaml:{line}: ") and message in said
     assert not any(word in said for word in ("expected", "scanning", "parsing", "mapping values"))
+
+
+def test_in_quotes_any_character_stays() -> None:
+    assert parse_document("a: \"word\u2028y\"\nb: 'x\u2029y'\n", "job.yaml").values == {"a": "word\u2028y", "b": "x\u2029y"}
+    with pytest.raises(JobError, match='the quote " in column 4 is not closed'):
+        parse_document('a: "word\u2028y\nb: 1\n', "job.yaml")
 
 
 def test_a_fault_of_no_known_kind_is_quoted() -> None:

@@ -6,6 +6,7 @@ at the top. Independent of the job's keys.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 
 from tokabatch.errors import JobError
 from tokabatch.job.scalars import parse_scalar
-from tokabatch.job.yaml_faults import explain
+from tokabatch.job.yaml_faults import explain, missing_space, stray_break
 from tokabatch.number_text import counted
 
 MAX_CHARACTERS = 1 << 20
@@ -37,6 +38,7 @@ class _Notes:
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[tuple[Path, int, str]] = field(default_factory=list)
     empty: set[Path] = field(default_factory=set)
+    dashed: dict[Path, str] = field(default_factory=dict)
 
 
 class _Loader(yaml.SafeLoader):
@@ -55,12 +57,16 @@ class Document:
     """Faults that leave the rest readable (duplicate keys), as (path of the key, line, what is wrong)."""
     empty: frozenset[Path] = frozenset()
     """The keys with nothing after their colon; their value is None, like that of an explicit null."""
+    dashed: dict[Path, str] = field(default_factory=dict)
+    """Of the keys whose text begins like items of a list without a space behind the dash: what to write instead."""
 
 
 def parse_document(text: str, name: str) -> Document:
     """Parse one YAML document. Raises JobError naming `name` and the line if it cannot be read at all."""
     if len(text) > MAX_CHARACTERS:
         raise JobError(f"{name}: {counted(len(text), 'character')} is no job file; the limit is {MAX_CHARACTERS:,}")
+    if stray := stray_break(text):
+        raise JobError(f"{name}:{stray[0]}: {stray[1]}")
     try:
         _refuse_unsafe(text, name)
         node = yaml.compose(text, Loader=_Loader)
@@ -71,7 +77,7 @@ def parse_document(text: str, name: str) -> Document:
         return Document(values=None)
     notes = _Notes()
     values = _construct(node, (), notes)
-    return Document(values, notes.lines, tuple(notes.problems), frozenset(notes.empty))
+    return Document(values, notes.lines, tuple(notes.problems), frozenset(notes.empty), notes.dashed)
 
 
 def _refuse_unsafe(text: str, name: str) -> None:
@@ -95,6 +101,16 @@ def _refuse_unsafe(text: str, name: str) -> None:
             raise JobError(f"{name}:{line}: nested more than {MAX_DEPTH} levels deep")
 
 
+def _without_dash(key: yaml.ScalarNode, value: yaml.Node) -> str | None:
+    """What to say of a text that was meant as the first item of a list: below its key, or with a quote behind the dash."""
+    if not isinstance(value, yaml.ScalarNode) or value.style is not None:
+        return None
+    if value.start_mark.line == key.end_mark.line:
+        quoted = re.fullmatch(r"-(\"[^\"]*\"|'[^']*')", value.value)
+        return f"a list on the line of its key is written in brackets: [{quoted[1]}]" if quoted else None
+    return missing_space(value.value.partition(" -")[0])
+
+
 def _construct(node: yaml.Node, path: Path, notes: _Notes) -> Any:
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
@@ -109,6 +125,8 @@ def _construct(node: yaml.Node, path: Path, notes: _Notes) -> Any:
                 notes.problems.append((key_path, line, f"given twice, first on line {notes.lines[key_path]}; keep one"))
                 continue
             notes.lines[key_path] = line
+            if advice := _without_dash(key_node, value_node):
+                notes.dashed[key_path] = advice
             values[key] = _construct(value_node, key_path, notes)
         return values
     if isinstance(node, yaml.SequenceNode):

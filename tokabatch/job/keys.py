@@ -77,6 +77,13 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def takes_list(info: FieldInfo) -> bool:
+    """Return whether a field accepts a list, perhaps besides other values."""
+    union = get_origin(info.annotation) in (Union, types.UnionType)
+    kinds = get_args(info.annotation) if union else (info.annotation,)
+    return any(get_origin(kind) is tuple for kind in kinds)
+
+
 def field_at(model: type[BaseModel], path: Sequence[str | int]) -> FieldInfo | None:
     """Return the field at a path of keys; None if there is no such field."""
     owner: type[BaseModel] | None = model

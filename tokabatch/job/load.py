@@ -19,8 +19,9 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from tokabatch.errors import JobError
+from tokabatch.job.control_characters import control_characters
 from tokabatch.job.document import Path, parse_document
-from tokabatch.job.keys import field_at, section_of
+from tokabatch.job.keys import field_at, section_of, takes_list
 from tokabatch.job.refusals import Refusal, dotted, refusals_of
 from tokabatch.job.scalars import parse_scalar
 
@@ -43,6 +44,8 @@ class _Draft:
     """(sort key, text): by line, then problems without a line, then overrides."""
     empty: frozenset[Path] = frozenset()
     """Keys of the file with nothing after them."""
+    dashed: dict[Path, str] = field(default_factory=dict)
+    """Keys of the file whose text may be meant as a list, and what to write for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ def load_model(model: type[Model], source: object, overrides: Sequence[object]) 
             raise JobError(f"got a Python {type(override).__name__} as an override; write text, for example 'generation.n=4'")
         _apply(draft, override, number)
     _refuse_empty_sections(model, draft)
+    _refuse_dashes(model, draft)
+    draft.problems += [_located(draft, refusal) for refusal in control_characters(draft.values)]
     # `engine:` with nothing under it, and an omitted section with required keys, read as empty mappings.
     for name, info in model.model_fields.items():
         empty = draft.values.get(name) is None
@@ -107,7 +112,7 @@ def _draft_of_file(path: pathlib.Path) -> _Draft:
     if not isinstance(document.values, dict):
         found = "nothing" if document.values is None else "a list" if isinstance(document.values, list) else "plain text"
         raise JobError(f"{path}: holds {found}; a job file is a mapping of sections, for example `model: {{path: …}}`")
-    draft = _Draft(str(path), document.values, document.lines, empty=document.empty)
+    draft = _Draft(str(path), document.values, document.lines, empty=document.empty, dashed=document.dashed)
     for key_path, line, message in document.problems:
         draft.problems.append((line, ": ".join(filter(None, (f"{path}:{line}", dotted(key_path), message)))))
     return draft
@@ -191,6 +196,19 @@ def _refuse_empty_sections(model: type[BaseModel], draft: _Draft) -> None:
             line = draft.lines[path]
             remedy = f"give its keys ({', '.join(section.model_fields)}), or write `{path[-1]}: null` for none"
             draft.problems.append((line, f"{draft.name}:{line}: {dotted(path)}: is empty; {remedy}"))
+
+
+def _refuse_dashes(model: type[BaseModel], draft: _Draft) -> None:
+    """Refuse `-a` in place of `- a` where a list is accepted; a text may begin so elsewhere."""
+    for path in draft.dashed.keys() & draft.lines.keys():
+        info = field_at(model, path)
+        if info is not None and takes_list(info):
+            line = draft.lines[path]
+            draft.problems.append((line, f"{draft.name}:{line}: {dotted(path)}: {draft.dashed[path]}"))
+            values: Any = draft.values
+            for part in path[:-1]:
+                values = values[part]
+            del values[path[-1]]
 
 
 def _located(draft: _Draft, refusal: Refusal) -> tuple[int, str]:

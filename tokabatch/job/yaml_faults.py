@@ -49,6 +49,8 @@ class _Fault:
         return next((each for each in range(row - 1, -1, -1) if not re.fullmatch(r"\s*(#.*)?", self.lines[each])), None)
 
 
+_BREAKS = {"\x85": "next line", "\u2028": "line separator", "\u2029": "paragraph separator"}
+"""Characters that YAML takes for the end of a line, and editors do not; as characters of a text they need double quotes."""
 _CURLY = {"\u201c": '"', "\u201d": '"', "\u201e": '"', "\u2018": "'", "\u2019": "'"}
 """Typographic quotes, and the straight ones that YAML knows."""
 
@@ -83,6 +85,32 @@ def explain(error: yaml.YAMLError, text: str) -> tuple[int | None, str]:
     return row + 1, _message(fault.line, column, f"YAML's parser says: {what}")
 
 
+def stray_break(text: str) -> tuple[int, str] | None:
+    """Return the line of the first character that ends a line for YAML alone, unless it is in quotes, and a message that names
+    it; lines are counted as editors do. None if there is none in the part that can be read."""
+    if not any(sign in text for sign in _BREAKS):
+        return None
+    quoted: list[tuple[int, int]] = []
+    end = len(text)
+    try:
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.ScalarToken) and token.style in ("'", '"'):
+                quoted.append((token.start_mark.index, token.end_mark.index))
+    except yaml.MarkedYAMLError as error:
+        opened = "quoted scalar" in (error.context or "")
+        mark = error.context_mark if opened else error.problem_mark
+        end = end if mark is None else mark.index
+    except yaml.YAMLError:
+        return None
+    for place, sign in enumerate(text[:end]):
+        if sign in _BREAKS and not any(begin <= place < close for begin, close in quoted):
+            begin = text.rfind("\n", 0, place) + 1
+            named = f"the character U+{ord(sign):04X} ({_BREAKS[sign]})"
+            advice = f"it holds {named}, which ends the line in YAML; write a space or a newline instead"
+            return text.count("\n", 0, place) + 1, _message(text[begin:].partition("\n")[0], place - begin, advice)
+    return None
+
+
 def _tokens(text: str) -> Iterator[yaml.Token]:
     try:
         yield from yaml.scan(text, Loader=yaml.SafeLoader)
@@ -93,7 +121,7 @@ def _tokens(text: str) -> Iterator[yaml.Token]:
 def _message(line: str, column: int, advice: str) -> str:
     begin = 0 if len(line) <= _SHOWN else max(0, min(column - _SHOWN // 2, len(line) - _SHOWN))
     shown = line[begin : begin + _SHOWN].strip()
-    shown = "".join(sign if sign.isprintable() else f"\\x{ord(sign):02x}" for sign in shown)
+    shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in shown)
     cut = ("…" if begin else "", "…" if begin + _SHOWN < len(line) else "")
     return f"`{cut[0]}{shown}{cut[1]}` is not valid YAML: {advice}"
 
@@ -167,6 +195,18 @@ def _colon_in_value(fault: _Fault) -> tuple[int, str] | None:
     other = f"; or, if that is a key, begin `{two[2]}` on a line of its own" if two else ""
     advice = f"text that contains a colon and a space needs quotes: `{match['key']}: {_quoted(match['value'])}`"
     return fault.row, advice + other
+
+
+def missing_space(line: str) -> str | None:
+    """What to say of an item of a list whose dash has no space behind it; None if the line is none."""
+    match = re.match(r" *-(?![\s-])(.*)", line)
+    return f"a space is missing behind the dash: write `- {match[1].strip()}`" if match else None
+
+
+def _dash(fault: _Fault) -> tuple[int, str] | None:
+    row = fault.start[0] if "simple key" in fault.what else fault.row
+    advice = missing_space(fault.lines[row])
+    return None if advice is None else (row, advice)
 
 
 def _no_colon(fault: _Fault) -> tuple[int, str] | None:
@@ -313,6 +353,7 @@ _CAUSES: tuple[tuple[str, _Cause], ...] = (
     ("", _fence),
     ("quoted scalar found unexpected end", _open_quote),
     ("escape", _escape),
+    ("simple key|block end", _dash),
     ("block end|simple key|mapping values", _block_text),
     ("block end|that cannot start|expected ',' or|mapping values", _template),
     (

@@ -39,6 +39,15 @@ def notes(prompt: dict[str, Any], **facts: Any) -> str:
         ({"template": r"{{ question }}\nAnswer:"}, {}, "prompt.template holds a backslash and 'n', as YAML's single quotes"),
         ({"template": r"q: {{ question }}\na:"}, {}, "put the template in double quotes"),
         ({"template": "{{ question }}", "system": r"Be brief.\n\n"}, {}, "prompt.system holds a backslash and 'n'"),
+        ({"template": "{{ question }} in \text{cm}"}, {}, r"holds a tab in front of 'ext', as \text becomes in double quotes"),
+        (
+            {"template": "{{ question }}", "system": "a \times b"},
+            {},
+            r"prompt.system holds a tab in front of 'imes', as \times",
+        ),
+        ({"template": "\right) {{ question }}"}, {}, "a carriage return in front of 'ight', as"),
+        ({"template": "{{ question }} \neq 0"}, {}, "put the template in single quotes or below a block `|`"),
+        ({"template": "{{ question }} \u2028ambda"}, {}, r"holds the character U+2028 in front of 'ambda', as \Lambda becomes"),
         (FEW_SHOT | {"few_shot": {"path": "x", "template": r"{{ q }}\n"}}, {}, "prompt.few_shot.template holds a backslash"),
         (
             {},
@@ -68,6 +77,7 @@ def test_it_says_what_to_write(prompt: dict[str, Any], facts: dict[str, Any], sa
     [
         ({"template": "{{ question }} {x} ${answer} \\\\frac{a}{b} {{ '{' }}"}, {}),
         ({"template": "Tell a joke."}, {"rows": 1}),
+        ({"template": "{{ question }}\tto\tan\ttext\nu\ne\rhone\u2028Left"}, {}),
         ({"template": "{{ question }}", "system": "Be {brief}."}, {}),
         ({"template": "<|end|>{{ question }}"}, {}),
         ({}, {}),

@@ -22,6 +22,18 @@ _LATEX = (
 """Commands of LaTeX that begin with `n`, without it."""
 _WRITTEN_NEWLINE = re.compile(rf"\\n(?!(?:{'|'.join(_LATEX.split())})(?![a-z]))")
 """A backslash and `n`, unless they begin a command of LaTeX."""
+_CUT_COMMANDS = {
+    "\t": ("t", "a tab", "ext[a-z]* heta herefore ilde imes au o riangle[a-z]*"),
+    "\r": ("r", "a carriage return", "angle ceil floor ho ight[a-z]*"),
+    "\n": ("n", "a newline", "abla earrow eq ewcommand ewline geq leq otin subseteq"),
+    "\u2028": ("L", "the character U+2028", "ambda eft[a-z]* ong[a-z]*"),
+    "\u2029": ("P", "the character U+2029", "hi i r si"),
+}
+"""What a backslash and a letter become in double quotes: the character, its letter, its name, and the rest of each command of
+LaTeX that is cut off so. Those whose rest is a word, as of `\\tan`, are left out."""
+_CUT_COMMAND = re.compile(
+    "|".join(f"{sign}(?:{'|'.join(rests.split())})(?![A-Za-z])" for sign, (_, _, rests) in _CUT_COMMANDS.items())
+)
 SINGLE_BRACES = re.compile(r"(?<![{$\\])\{ ?([A-Za-z_][A-Za-z0-9_]*) ?\}(?!\})")
 
 
@@ -78,6 +90,12 @@ def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str
             yield (
                 f"prompt.{key} holds a backslash and 'n', as YAML's single quotes and the command line keep them; if a newline "
                 'is meant, put the template in double quotes: "...\\n..."'
+            )
+        if cut := _CUT_COMMAND.search(source):
+            letter, sign, _ = _CUT_COMMANDS[cut[0][0]]
+            yield (
+                f"prompt.{key} holds {sign} in front of {cut[0][1:]!r}, as \\{letter}{cut[0][1:]} becomes in double quotes; if "
+                "that command is meant, put the template in single quotes or below a block `|`"
             )
         alike = {"template": rows, "few_shot.template": few_shot.k if few_shot else 0}.get(key, 0)
         constant = key in ("template", "few_shot.template") and not compile_template(source, f"prompt.{key}").names
