@@ -88,6 +88,23 @@ def _is_plain(function: object) -> bool:
     return not (inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function))
 
 
+class _Default:
+    """The default of a parameter that is more than a plain value."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+def _written(parameters: Sequence[inspect.Parameter]) -> inspect.Signature:
+    """Return what prints as the parameters do in the judge's file, without annotations."""
+    plain = (bool, int, float, str, type(None))
+    defaults = [
+        each.default if each.default is each.empty or isinstance(each.default, plain) else _Default() for each in parameters
+    ]
+    bare = [each.replace(annotation=each.empty, default=default) for each, default in zip(parameters, defaults, strict=True)]
+    return inspect.Signature(bare)
+
+
 class Judge:
     """A loaded judge. Raises ValueError, with the remedy, for one that cannot be called."""
 
@@ -105,21 +122,18 @@ class Judge:
         if not _is_plain(function):
             raise ValueError(f"its `{spec.function}` is async or has `yield`; write a plain `def` that returns the verdict")
         parameters = list(inspect.signature(function).parameters.values())
+        written = f"{spec.function}{_written(parameters)}"
         by_place = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
         if len(by_place) < 2 and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
-            given = ", ".join(each.name for each in parameters)
+            raise ValueError(f"its `{written}` is called with a text and its row; write `{spec.function}(text, row)`")
+        first, second = [*(each.name for each in by_place), "", ""][:2]
+        if first.lower() in _ROWS or (second.lower() in _TEXTS and first.lower() in _REFERENCES | _INPUTS):
+            remedy = "exchange the two" if second else f"write `{spec.function}(text, row)`"
+            raise ValueError(f"its `{written}` is called with the text first and the row second; {remedy}")
+        if second.lower() in _REFERENCES:
             raise ValueError(
-                f"its `{spec.function}({given})` is called with a text and its row; write `{spec.function}(text, row)`"
-            )
-        first, second = [*(each.name.lower() for each in by_place), "", ""][:2]
-        if first in _ROWS or (second in _TEXTS and first in _REFERENCES | _INPUTS):
-            raise ValueError(
-                f"its `{spec.function}({first}, {second})` is called with the text first and the row second; exchange the two"
-            )
-        if second in _REFERENCES:
-            raise ValueError(
-                f"its `{spec.function}({first}, {second})` is called with a text and the whole row of the input; write "
-                f"`{spec.function}({first}, row)`, where row[COLUMN] is the {second}"
+                f"its `{written}` is called with a text and the whole row of the input; write `{spec.function}({first}, row)`, "
+                f"where row[COLUMN] is the {second}"
             )
         self._function: Callable[..., Any] = function
         self._options = _options(spec, parameters[2:])
