@@ -9,16 +9,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import wraps
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from tokabatch.errors import UsageError
 from tokabatch.job import Job
-from tokabatch.job.names_elsewhere import our_name
-from tokabatch.job.scalars import write_value
+from tokabatch.job.keywords import refusing_keys
 
 if TYPE_CHECKING:
     from tokabatch.report.plan_report import PlanReport
@@ -29,36 +26,9 @@ if TYPE_CHECKING:
     from tokabatch.runner.shared import Shared
 
 Source = Job | Mapping[str, Any] | str | Path
-Arguments = ParamSpec("Arguments")
-Returned = TypeVar("Returned")
 
 
-def _refusing_keys(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
-    """Raise UsageError, with the remedy, for keys of a job that are given as arguments."""
-    accepted = signature(function).parameters
-
-    @wraps(function)
-    def called(*arguments: Arguments.args, **named: Arguments.kwargs) -> Returned:
-        for word, value in named.items():
-            if word in accepted:
-                continue
-            name = our_name((word,))
-            keys = [key.name for key in Job.describe_keys() if name in (key.name.rpartition(".")[2], key.name.split(".")[0])]
-            if not keys:
-                continue
-            key = keys[0]
-            if isinstance(value, Mapping) and value:
-                given = cast("Mapping[Any, Any]", value)
-                key, value = f"{name}.{next(iter(given))}", next(iter(given.values()))
-            source = repr(arguments[0]) if arguments and isinstance(arguments[0], str) else "..."
-            remedy = f"{function.__name__}(Job.load({source}, {f'{key}={write_value(value)}'!r}))"
-            raise UsageError(f"{function.__name__} takes no keys of a job, such as {word}: write {remedy}")
-        return function(*arguments, **named)
-
-    return called
-
-
-@_refusing_keys
+@refusing_keys(Job.describe_keys, "run({job})")
 def run(
     job: Source,
     progress: Progress | None = None,
@@ -99,7 +69,7 @@ def run(
     return runner.run(job, progress, should_stop, seconds_before=time.perf_counter() - begun, fresh=fresh, **how)
 
 
-@_refusing_keys
+@refusing_keys(Job.describe_keys, "plan({job})")
 def plan(job: Source, on_rows: Callable[[int, int], None] | None = None) -> PlanReport:
     """Check everything that can be checked without weights, and count rows, samples and tokens. Leaves nothing on disk. `job`
     may also be anything that `Job.load` takes. `on_rows` is called with the numbers of rows and error rows read so far. Raises

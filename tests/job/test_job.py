@@ -606,3 +606,25 @@ def test_names_of_other_tools_lead_to_keys_that_exist() -> None:
     assert known.issuperset(names_elsewhere._KEYS.values())  # pyright: ignore[reportPrivateUsage]
     ours = keys | {name.rpartition(".")[2] for name in keys}
     assert not ours & {*names_elsewhere._KEYS, *names_elsewhere._WITHOUT_KEY}  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize(
+    ("named", "written"),
+    [
+        ({"n": 3}, "Job.load('job.yaml', 'generation.n=3')"),
+        ({"max_new_tokens": 9, "temp": 0.5}, "Job.load('job.yaml', 'generation.max_tokens=9', 'generation.temperature=0.5')"),
+        ({"generation": {"n": 3, "stop": ["\n"]}}, r"""Job.load('job.yaml', 'generation.n=3', 'generation.stop=["\\n"]')"""),
+        ({"model_name": "m"}, "Job.load('job.yaml', 'model.path=m')"),
+        ({"verify": None}, "Job.load('job.yaml', 'verify=null')"),
+    ],
+)
+def test_keys_as_arguments_are_refused_with_the_overrides_to_write(named: dict[str, object], written: str) -> None:
+    with pytest.raises(JobError) as refused:
+        Job.load("job.yaml", **named)  # pyright: ignore[reportCallIssue]
+    assert str(refused.value) == f"Job.load takes no keys of a job, such as {next(iter(named))}: write {written}"
+
+
+@pytest.mark.parametrize("word", ["path", "nonsense"])
+def test_other_arguments_are_errors_of_the_program(word: str) -> None:
+    with pytest.raises(TypeError, match=word):
+        Job.load(MINIMAL, **{word: "x"})  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -16,6 +16,7 @@ from tokabatch.errors import JobError
 from tokabatch.job import fields
 from tokabatch.job.generation import SETTINGS, GenerationConfig
 from tokabatch.job.keys import Key, KeySection, Section, list_keys, list_sections
+from tokabatch.job.keywords import refusing_keys
 from tokabatch.job.load import Written, load_model
 from tokabatch.job.verify import VerifyConfig
 
@@ -265,6 +266,7 @@ class Job(Section):
         return self
 
     @classmethod
+    @refusing_keys(lambda: list_keys(Job), "{job}", source=1)
     def load(cls, source: str | Path | Mapping[str, Any], *overrides: str) -> Job:
         """Read a job file (or a mapping of the same shape) and apply overrides such as `generation.n=4`. Paths inside are
         relative to the working directory. Raises JobError listing every problem found."""
