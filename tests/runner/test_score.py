@@ -249,7 +249,7 @@ def test_a_stopped_score_leaves_no_figure_of_before(
     assert read_estimates(out) == ()
     shown = page(out)
     assert f"<b class=bad>{left}</b><span>samples still to be judged" in shown and "pass@1" not in shown
-    with pytest.raises(OutputError, match=r"files are not judged yet by the verifier .* `tokabatch score"):
+    with pytest.raises(OutputError, match=r"the verifier that the folder names has not judged .* files yet\. `tokabatch score"):
         export(out, tmp_path / "samples.jsonl")
     monkeypatch.setattr(sys, "argv", ["tokabatch", "status", str(out)])
     with pytest.raises(SystemExit):
