@@ -434,6 +434,14 @@ def test_a_sample_whose_text_was_not_written_keeps_its_reason(rows: Path, judge:
     assert verdicts() == [(None, scoring.NO_TEXT)] * 3
 
 
+def test_the_page_says_what_counts_as_right_where_scores_lie_between(rows: Path, tmp_path: Path) -> None:
+    judge, said = tmp_path / "half.py", "<tr><th>right<td>a score of verify.correct_from (1.0 by default) or more"
+    for source, shown in (("return 0.5 * (len(text) % 3)", True), ("return len(text) % 2 == 0", False)):
+        judge.write_text(f"def verify(text, row):\n    {source}\n")
+        scripted_run(rows, out := tmp_path / str(shown), verify={"kind": str(judge)})
+        assert (said in page(out)) is shown
+
+
 def test_refusals(rows: Path, judge: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(OutputError, match="no run has written here"):

@@ -25,6 +25,7 @@ from tokabatch.output.steps import read_steps
 from tokabatch.report.closing import PER_CODE
 from tokabatch.report.page import PerToken, RunRecord, render_page
 from tokabatch.report.run_estimates import read_estimates, read_estimator
+from tokabatch.scoring.estimates import Estimate, right_from
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import consistently
 
@@ -58,7 +59,7 @@ def read_record(out: Path) -> RunRecord:
     steps = {
         name: np.asarray(values, np.float64) for name, values in (consistently(lambda: read_steps(folder), out) or {}).items()
     }
-    summary = read_summary(folder)
+    summary, estimates = read_summary(folder), read_estimates(out)
     shown = excerpts(out, _SAMPLES, whole=True) if status.ok else {}
     prompts, obstacle = _prompts(folder, manifest, shown) if manifest and shown else ({}, "")
     return RunRecord(
@@ -73,8 +74,8 @@ def read_record(out: Path) -> RunRecord:
         lengths=details.lengths,
         summary=summary,
         steps=steps,
-        estimates=read_estimates(out),
-        facts=_facts(out, manifest, summary.get("this_start", summary), obstacle) if manifest else (),
+        estimates=estimates,
+        facts=_facts(out, manifest, summary.get("this_start", summary), estimates or (), obstacle) if manifest else (),
         error_rows=error_rows(out, PER_CODE) if status.errors else None,
         samples_shown=shown,
         prompts=prompts,
@@ -110,7 +111,9 @@ def _prompts(folder: OutputFolder, manifest: Manifest, shown: Mapping[Kind, Sequ
         return {}, f"not shown: {error}"
 
 
-def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any], obstacle: str) -> list[tuple[str, str]]:
+def _facts(
+    out: Path, manifest: Manifest, summary: Mapping[str, Any], estimates: Sequence[Estimate], obstacle: str
+) -> list[tuple[str, str]]:
     """What the run was: when and where it started, on what, with which settings."""
     job, versions = manifest.job, manifest.versions
     drawn = {} if job.get("mode") == "score" else job.get("generation", {})
@@ -125,6 +128,7 @@ def _facts(out: Path, manifest: Manifest, summary: Mapping[str, Any], obstacle: 
         ("input", str(job.get("input", {}).get("path", ""))),
         ("settings", settings),
         ("verified by", str(verified.get("kind", ""))),
+        ("right", right_from(estimates)),
         ("estimated", read_estimator(out) if verified else ""),
         ("device", " ".join(("CPU" if device == "this processor" else device, _DTYPES.get(summary.get("itemsize", 0), "")))),
         ("prompts", obstacle),

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokabatch.number_text import count_text, counted, seconds_text, share_text
 from tokabatch.report.sections import Section
-from tokabatch.scoring.estimates import MEAN_SCORE, Estimate, distinct
+from tokabatch.scoring.estimates import Estimate, distinct, right_from
 
 _EXIT_WORDS = {
     0: "complete",
@@ -266,10 +266,7 @@ def verdict_sections(
     rows = [(each.name, f"{each.value:.4f} {each.interval('.4f')}") for each in distinct(estimates)]
     if estimates:
         rows.append(("in brackets", "95 % intervals over the rows"))
-        if rows[0][0] == MEAN_SCORE:
-            rows.append(
-                ("right", "a score of verify.correct_from (1.0 by default) or more; others count in the mean score alone")
-            )
+        rows += [("right", right)] if (right := right_from(estimates)) else []
         rows += [("estimated", estimator)] if estimator else []
     if samples is not None and done < samples:
         rows = [("no estimate", f"{count_text(done)} of {counted(samples, 'sample')} so far; {_PARTIAL}")]

@@ -51,6 +51,13 @@ def distinct(estimates: Sequence[Estimate]) -> tuple[Estimate, ...]:
     return tuple(each for each in estimates if each not in same)
 
 
+def right_from(estimates: Sequence[Estimate]) -> str:
+    """Return what counts as right, if scores are given for samples that are neither right nor wrong; else an empty text."""
+    if all(each.name != MEAN_SCORE for each in distinct(estimates)):
+        return ""
+    return "a score of verify.correct_from (1.0 by default) or more; others count in the mean score alone"
+
+
 @dataclass(frozen=True, slots=True)
 class Judged:
     """The samples of a run, in any order, each array of shape [S]: its row and its number in it, whether it is right, its score
