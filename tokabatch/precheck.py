@@ -7,6 +7,8 @@ weights or the whole input is refused there.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
@@ -23,7 +25,7 @@ from tokabatch.input.prompts.sources import SAMPLING_PARAMS
 from tokabatch.input.readers import is_of_files, list_local_files
 from tokabatch.input.rows import no_rows
 from tokabatch.input.tokenizer.files import TOKENIZER_JSON, has_no_chat_template, tokenizer_folder
-from tokabatch.job import Job, ModelConfig, verifier_path
+from tokabatch.job import FP8_NEEDS, EngineConfig, Job, ModelConfig, fp8_key, verifier_path
 from tokabatch.model.checkpoint import read_checkpoint
 from tokabatch.model.families import read_spec
 from tokabatch.model.file_digests import known_files
@@ -35,6 +37,10 @@ from tokabatch.output.probe import check_output
 from tokabatch.output.same_job import find_run
 from tokabatch.scoring.pool import open_pool
 
+_DEVICE_FILES = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
+"""In /dev, wherever there is a GPU: by drivers of NVIDIA's, on its small boards, on Windows (WSL), by AMD's."""
+_CUDA = "libcuda.so.1"
+"""What torch's CUDA runtime loads; installed with the driver."""
 _MOST_FILES = 64
 """Of an input whose columns are looked at; the footers of many Parquet files take longer than it is worth."""
 
@@ -54,12 +60,36 @@ def refuse_model(model: ModelConfig) -> tuple[ModelSpec, Path, Path]:
     return spec, folder, tokenizer
 
 
-def refuse_early(job: Job, *, shared: bool = False, overwrite: bool = False, retry_errors: bool = False) -> None:
+def has_no_gpu() -> bool:
+    """Whether torch certainly finds no GPU: on Linux, without a driver's device files and CUDA's library."""
+    if sys.platform != "linux" or any(next(Path("/dev").glob(pattern), None) for pattern in _DEVICE_FILES):
+        return False
+    try:
+        ctypes.CDLL(_CUDA)
+    except OSError:
+        return True
+    return False
+
+
+def refuse_without_gpu(model: ModelConfig, engine: EngineConfig) -> None:
+    """Raise JobError if the settings need a GPU and there certainly is none."""
+    if (engine.device != "cuda" and fp8_key(model, engine) is None) or not has_no_gpu():
+        return
+    if engine.device == "cuda":
+        raise JobError(f"engine.device is cuda, but this machine has no driver of a GPU ({_CUDA}); write auto or cpu")
+    raise JobError(f"{fp8_key(model, engine)} {FP8_NEEDS}")
+
+
+def refuse_early(
+    job: Job, *, shared: bool = False, overwrite: bool = False, retry_errors: bool = False, absent_gpu: bool = False
+) -> None:
     """Raises the UsageError in which the job would end seconds later. Writes nothing; reads the first rows of files of this
     machine alone, and of a model on the hub the small files, which stay in the cache. `shared`: others may write there;
-    `overwrite`, `retry_errors`: as the run reuses what is there."""
+    `overwrite`, `retry_errors`: as the run reuses what is there; `absent_gpu`: it is planned for a GPU of another machine."""
     if shared:
         job.refuse_sharing()
+    if not absent_gpu:
+        refuse_without_gpu(job.model, job.engine)
     check_output(Path(job.output.path), shared=shared)
     if job.verify is not None:
         verifier = verifier_path(job.verify.kind)

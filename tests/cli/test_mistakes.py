@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tokabatch import cli
+from tokabatch import cli, precheck
+from tokabatch.precheck import has_no_gpu
 
 ROOT = Path(__file__).parents[2]
 Q = "jobs/quickstart.yaml"
@@ -332,8 +334,10 @@ MISTAKES = [
     (("run", Q, "verify.options={stric: 1}"), "verify.options names 'stric', which it does not take; it takes none"),
     (("run", Q, "--overwrite", "--retry-errors"), "give one of the two"),
     (("run", Q, "--shared", "--overwrite"), "use --overwrite, --retry-errors or --repair in a run without --shared"),
-    (("plan", Q, "engine.device=cuda"), "torch sees no GPU; write auto or cpu, or install a CUDA build of torch"),
-    (("plan", Q, "model.quantization=fp8"), "needs an NVIDIA GPU .*; remove it here"),
+    (("plan", Q, "engine.device=cuda"), "engine.device is cuda, but .*; write auto or cpu"),
+    (("plan", Q, "model.quantization=fp8"), "model.quantization is fp8, which needs an NVIDIA GPU .*; remove it here"),
+    (("plan", Q, "engine.kv_cache_dtype=fp8"), "engine.kv_cache_dtype is fp8, which needs an NVIDIA GPU .*; remove it here"),
+    (("serve", "jobs/quickstart", "engine.device=cuda"), "engine.device is cuda, but .*; write auto or cpu"),
     (("plan", Q, "generation.max_tokens=9999"), "context is 2,048 tokens, prompt included; write a smaller number"),
     (("plan", Q, "engine.process=false", "engine.replicas=2"), "remove engine.process: false"),
     (("export", "jobs", "--to", "none/a.jsonl"), "the folder none does not exist; create it first"),
@@ -401,12 +405,19 @@ def test_the_message_says_what_to_do(
 
 
 SLOW = ("torch", "transformers", "tokenizers")
-LATE = ("engine.", "--simulate", "fp8", "max_tokens=9999", "--to r.jsonl", "long.jsonl", "unjudged")
+LATE = ("engine.", "--simulate", "max_tokens=9999", "--to r.jsonl", "long.jsonl", "unjudged")
 """What torch or the whole input decides, or a run alone."""
 
 
+OF_GPUS = ("engine.device=cuda", "=fp8")
+"""What torch decides only where there may be a GPU."""
+
+
 def test_what_the_job_and_its_first_rows_show_is_refused_before_anything_slow_is_imported(here: Path) -> None:
-    early = [arguments for arguments, _ in MISTAKES if not any(key in " ".join(arguments) for key in LATE)]
+    late = LATE if has_no_gpu() else (*LATE, *OF_GPUS)
+    lines = {arguments: " ".join(arguments) for arguments, _ in MISTAKES}
+    early = [each for each, line in lines.items() if not any(key in line for key in late)]
+    early += [each for each, line in lines.items() if has_no_gpu() and any(key in line for key in OF_GPUS)]
     program = f"""
 import sys
 from tokabatch import cli
@@ -420,3 +431,29 @@ for arguments in {early!r}:
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, check=False)
     assert ended.returncode == 0 and len(early) > 90, ended.stderr
+
+
+def test_that_there_is_no_gpu_is_said_only_where_there_can_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    if has_no_gpu():
+        assert not torch.cuda.is_available()
+    monkeypatch.setattr(precheck, "_CUDA", "libno_such_library.so.1")
+    monkeypatch.setattr(precheck, "_DEVICE_FILES", ("no_such_device*",))
+    assert has_no_gpu() is (sys.platform == "linux")
+    with monkeypatch.context() as loaded:
+        loaded.setattr(precheck, "_CUDA", None)  # which loads the program itself
+        assert not has_no_gpu()
+    with monkeypatch.context() as other:
+        other.setattr(sys, "platform", "win32")
+        assert not has_no_gpu()
+    monkeypatch.setattr(precheck, "_DEVICE_FILES", ("no_such_device*", "nul[l]"))
+    assert not has_no_gpu()
+
+
+def test_a_gpu_of_another_machine_may_be_planned_for_without_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("engine.device=cuda", "engine.kv_cache_dtype=fp8", "input.limit=2")
+    monkeypatch.setattr(sys, "argv", ["tokabatch", "plan", Q, "--simulate", "--device", "h100", *settings])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None), capsys.readouterr().err

@@ -68,9 +68,8 @@ def plan(
         raise UsageError("--device, --lengths, --profile and --price belong to --simulate; add it")
     assumed = import_module("tokabatch.forecast.scenario")
     scenario = assumed.Scenario(device, profile, price, lengths)
-    if simulate:
-        assumed.check_scenario(scenario)
-    with checked_job(job, overrides) as loaded, starting(False) as progress:
+    absent_gpu = simulate and assumed.check_scenario(scenario) is not None
+    with checked_job(job, overrides, absent_gpu=absent_gpu) as loaded, starting(False) as progress:
         planner = import_module("tokabatch.runner.plan")
         snapshot = import_module("tokabatch.report.progress").ProgressSnapshot
 

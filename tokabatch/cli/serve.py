@@ -42,7 +42,9 @@ def serve(
         served = import_module("tokabatch.job").Job.load(model).model.path
         raise UsageError(f"{model}: is a job file; name the model itself: tokabatch serve {shlex.quote(served)}")
     config = import_module("tokabatch.serve.settings").ServiceConfig.load(model, *(overrides or ()))
-    import_module("tokabatch.precheck").refuse_model(config.model)
+    early = import_module("tokabatch.precheck")
+    early.refuse_without_gpu(config.model, config.engine)
+    early.refuse_model(config.model)
     print(f"loading {config.model.path}", file=sys.stderr)
     try:
         server = import_module("tokabatch.serve.server")

@@ -8,6 +8,7 @@ from tokabatch.job.generation import GenerationConfig, Setting
 from tokabatch.job.keys import Key, KeySection
 from tokabatch.job.load import Written
 from tokabatch.job.schema import (
+    FP8_NEEDS,
     EngineConfig,
     ErrorsConfig,
     FewShotConfig,
@@ -16,10 +17,12 @@ from tokabatch.job.schema import (
     ModelConfig,
     OutputConfig,
     PromptConfig,
+    fp8_key,
 )
 from tokabatch.job.verify import VerifyConfig, verifier_names, verifier_path
 
 __all__ = [
+    "FP8_NEEDS",
     "EngineConfig",
     "ErrorsConfig",
     "FewShotConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "Setting",
     "VerifyConfig",
     "Written",
+    "fp8_key",
     "verifier_names",
     "verifier_path",
 ]

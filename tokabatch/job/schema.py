@@ -183,6 +183,15 @@ class EngineConfig(Section):
     )
 
 
+FP8_NEEDS = "is fp8, which needs an NVIDIA GPU of the Ada or Hopper generation or later; remove it here"
+
+
+def fp8_key(model: ModelConfig, engine: EngineConfig) -> str | None:
+    """Return the key, of those that are fp8, that messages name."""
+    settings = {"model.quantization": model.quantization, "engine.kv_cache_dtype": engine.kv_cache_dtype}
+    return next((key for key, value in settings.items() if value == "fp8"), None)
+
+
 class OutputConfig(Section):
     """Where the completions go, as Parquet."""
 

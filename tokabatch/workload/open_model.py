@@ -18,7 +18,7 @@ from tokabatch.input.tokenizer.files import TOKENIZER_JSON
 from tokabatch.input.tokenizer.loading import load_tokenizer
 from tokabatch.input.tokenizer.stop_texts import refuse_special
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
-from tokabatch.job import GenerationConfig, Job, Setting
+from tokabatch.job import FP8_NEEDS, GenerationConfig, Job, Setting, fp8_key
 from tokabatch.model.checkpoint import Checkpoint, has_weights, preflight
 from tokabatch.model.config import read_config
 from tokabatch.model.families import read_spec
@@ -134,12 +134,11 @@ def pick_device(job: Job) -> str:
 
 def _check_fp8(job: Job, device: str, dtype: torch.dtype, spec: ModelSpec) -> None:
     """Raise JobError if the job uses e4m3 and the device has no units for it, or the required kernels are missing."""
-    settings = {"model.quantization": job.model.quantization, "engine.kv_cache_dtype": job.engine.kv_cache_dtype}
-    key = next((key for key, value in settings.items() if value == "fp8"), None)
+    key = fp8_key(job.model, job.engine)
     if key is None:
         return
     if device != "cuda" or torch.cuda.get_device_capability() < FP8_CAPABILITY:
-        raise JobError(f"{key} is fp8, which needs an NVIDIA GPU of the Ada or Hopper generation or later; remove it here")
+        raise JobError(f"{key} {FP8_NEEDS}")
     _, obstacle = choose_backend(device, dtype, spec.head_dim)
     if obstacle:
         raise JobError(f"{key} is fp8, which needs FlashInfer's kernels: {obstacle}. Provide that, or remove it")
