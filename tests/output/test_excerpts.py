@@ -13,6 +13,7 @@ from tokabatch.errors import DamageError
 from tokabatch.input.fingerprint import Fingerprint
 from tokabatch.output.claim import Claim
 from tokabatch.output.excerpts import ErrorRow, error_rows, excerpts, finish_reasons
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, Versions, write_manifest
 from tokabatch.output.schema import CORRECT, VERDICT_FIELDS, output_schema
 from tokabatch.output.shard_writer import ShardWriter
@@ -66,7 +67,7 @@ def test_samples_where_nothing_is_verified_are_the_first_of_their_rows(tmp_path:
     found = excerpts(out, 3)
     assert set(found) == {"first"}
     assert [(each.row_index, each.sample_index) for each in found["first"]] == [(2, 0), (4, 0)]
-    assert finish_reasons(out) == {"stop": 4}
+    assert finish_reasons(OutputFolder(out)) == {"stop": 4}
     assert found["first"][0].text == "text 2.0" and found["first"][0].columns == {"question": "question 2"}
     assert [each.row_index for each in excerpts(out, 2, whole=True)["first"]] == [1, 2]
 

@@ -66,6 +66,10 @@ def test_the_pace_of_a_running_job_is_that_of_its_commits(tmp_path: Path) -> Non
         # 20 samples in the 60 s between the first and last commit of this start; 60 are missing, 3 s have passed since.
         assert read_pace(out, begun + 93) == Pace(*map(pytest.approx, (93, 3, 1 / 3, 7 / 3, 177)))
     assert read_pace(out, begun + 93) is None
+    with Claim(out) as claim:
+        # Whatever changes files now, it is not that samples are computed.
+        write_manifest(claim, replace(MANIFEST, samples=40), {})
+        assert read_pace(out, begun + 93) is None
 
 
 def test_a_complete_run(tmp_path: Path) -> None:

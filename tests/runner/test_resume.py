@@ -440,6 +440,20 @@ def test_retry_errors_runs_error_rows_again_and_only_those(spoilt, go, tmp_path,
     assert check(tmp_path / "out").exit_code == 0
 
 
+def test_the_summary_in_a_moved_folder_counts_what_is_there(model, rows, tmp_path):
+    """Whatever lies in its old place."""
+    out, away = tmp_path / "out", tmp_path / "away"
+
+    def move() -> bool:
+        if list(out.glob("data/part-*")):
+            out.rename(away)
+        return False
+
+    summary = run(job(model, rows, out, output={"flush_seconds": 0.001}), None, move)
+    told = json.loads((away / "summary.json").read_text())
+    assert (summary.exit_code, told["ok"]) == (75, summary.ok) and sum(told["finish_reasons"].values()) == summary.ok > 0
+
+
 def test_the_steps_of_a_killed_start_are_missed_though_samples_were_computed_again(spoilt, go, tmp_path):
     """Those of the error rows make up for them in the sums."""
     out = tmp_path / "out"

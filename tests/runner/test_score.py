@@ -246,7 +246,7 @@ def test_a_stopped_score_leaves_no_figure_of_before(
     left = sum(row["status"] == "ok" for row in samples(out) if "length" not in row)
     assert status.of_another_judge == left > 0 == status.unjudged
     assert status.correct == sum(bool(row["correct"]) for row in samples(out) if "length" in row)
-    assert read_estimates(out) == ()
+    assert read_estimates(OutputFolder(out)) == ()
     shown = page(out)
     assert f"<b class=bad>{left}</b><span>samples still to be judged" in shown and "pass@1" not in shown
     with pytest.raises(OutputError, match=r"the verifier that the folder names has not judged .* files yet\. `tokabatch score"):
@@ -257,8 +257,10 @@ def test_a_stopped_score_leaves_no_figure_of_before(
     words = capsys.readouterr().out
     assert f"of another judge  {left}" in words and "still to be judged" in words
     assert re.search(rf"tokabatch score \S+ +judges {left} samples", words)
+    assert "tokabatch score" in str(check(out).facts["result"])
     score(out)
     check_even(out)
+    assert check(out).facts["result"] == "complete"
     assert read_status(out).of_another_judge is None and "samples still to be judged" not in page(out)
 
 
@@ -356,10 +358,13 @@ def test_samples_that_a_stopped_run_left_unjudged_are_judged_and_no_others(
     rewrite(out, lambda row: {**row, **(unjudged if (row["row_index"], row["sample_index"]) in wanted else {})})
     status = read_status(out)
     assert (status.unjudged, status.without_verdict, status.of_another_judge) == (3, 0, None)
+    told = json.loads((out / "summary.json").read_text())
+    (out / "summary.json").write_text(json.dumps({**told, "exit_code": 75}))
     if by == "score":
         assert score(out).judged == 3
     else:
         scripted_run(rows, out, verify=verify)
+    assert json.loads((out / "summary.json").read_text())["exit_code"] == 0
     # The calls of one sample each, in any order.
     assert sorted(row["answer"] for row in take_calls(tmp_path)) == ["2", "2", "5"]
     assert read_status(out).unjudged == 0 and check(out).exit_code == 0

@@ -44,7 +44,8 @@ def status(out: OutArgument) -> None:
     if found.correct is not None:
         verdicts_of = import_module("tokabatch.report.summary").verdict_sections
         verdicts = import_module("tokabatch.report.run_estimates")
-        estimates, how = verdicts.read_estimates(out) or (), verdicts.read_estimator(out)
+        folder = import_module("tokabatch.output.folder").OutputFolder(out)
+        estimates, how = verdicts.read_estimates(folder) or (), verdicts.read_estimator(folder)
         unjudged = (found.unjudged or 0) + (found.of_another_judge or 0)
         sections += verdicts_of(estimates, found.committed, found.samples, how, unjudged=unjudged)
     sections += shown.what_is_left(out, values) if found.state == "incomplete" else ()

@@ -81,7 +81,7 @@ class _Place:
 def error_rows(path: Path, per_code: int | None = None) -> ErrorRows:
     """Return the error rows in the output folder `path`, at most the first `per_code` of each code. Raises OutputError if the
     folder cannot be read, DamageError if it is damaged."""
-    return consistently(lambda: _error_rows(_shards(path), per_code), path)
+    return consistently(lambda: _error_rows(_shards(OutputFolder(path)), per_code), path)
 
 
 def excerpts(path: Path, count: int, *, whole: bool = False) -> dict[Kind, tuple[Excerpt, ...]]:
@@ -93,10 +93,11 @@ def excerpts(path: Path, count: int, *, whole: bool = False) -> dict[Kind, tuple
     texts of the lowest and the highest log-probability per token take the place of the longest."""
 
     def choose() -> dict[Kind, tuple[Excerpt, ...]]:
-        manifest = read_manifest(OutputFolder(path))
+        folder = OutputFolder(path)
+        manifest = read_manifest(folder)
         id_column = manifest and manifest.id_column
         # Verdicts of another judge count nowhere.
-        shards = [each for each in _shards(path) if manifest is None or manifest.is_judge_of(_metadata(each))]
+        shards = [each for each in _shards(folder) if manifest is None or manifest.is_judge_of(_metadata(each))]
         if shards and _scores_texts(shards[0]):
             return _scored(shards if whole else shards[:1], count, whole, id_column)
         return _excerpts(shards, count, whole, id_column)
@@ -104,19 +105,19 @@ def excerpts(path: Path, count: int, *, whole: bool = False) -> dict[Kind, tuple
     return consistently(choose, path)
 
 
-def finish_reasons(path: Path) -> Counter[str]:
+def finish_reasons(folder: OutputFolder) -> Counter[str]:
     """Return how many of the samples that are ok ended for each reason, such as `length`. Raises as `error_rows` does."""
 
     def count() -> Counter[str]:
         counts = Counter[str]()
-        for shard in _shards(path):
+        for shard in _shards(folder):
             for table in read_groups(shard, ("status", "finish_reason")):
                 ok = table.filter(pc.call_function("equal", [table["status"], "ok"]))["finish_reason"].drop_null()
                 for each in pc.call_function("value_counts", [ok]).to_pylist():
                     counts[each["values"]] += each["counts"]
         return counts
 
-    return consistently(count, path)
+    return consistently(count, folder.path)
 
 
 def _metadata(shard: ListedFile) -> Mapping[bytes, bytes] | None:
@@ -174,8 +175,7 @@ def _scored(shards: Sequence[ListedFile], count: int, whole: bool, id_column: st
     return {kind: tuple(map(read, chosen[:count].tolist())) for kind, chosen in kinds.items() if len(chosen)}
 
 
-def _shards(path: Path) -> tuple[ListedFile, ...]:
-    folder = OutputFolder(path)
+def _shards(folder: OutputFolder) -> tuple[ListedFile, ...]:
     return recorded_shards(folder, read_manifest(folder))
 
 

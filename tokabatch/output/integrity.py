@@ -22,7 +22,7 @@ from tokabatch.output.inspection import Fault, inspect
 from tokabatch.output.journal import Shard
 from tokabatch.output.lock import is_claimed
 from tokabatch.output.manifest import Books, read_manifest
-from tokabatch.output.remedy import repair_command
+from tokabatch.output.remedy import num_of_other_judges, repair_command
 from tokabatch.output.shards import count_cancelled, count_ok, damaged, open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently
 
@@ -42,6 +42,8 @@ class CheckedFolder:
     remedy: str | None
     running: bool
     """Whether a run was writing meanwhile."""
+    others: int = 0
+    """Shards that the job's judge has still to judge, as an interrupted `tokabatch score` leaves them."""
 
     @property
     def exit_code(self) -> int:
@@ -53,7 +55,8 @@ class CheckedFolder:
     @property
     def facts(self) -> dict[str, int | str]:
         """For display."""
-        state = "damaged" if self.faults else "complete" if self.complete else "intact, but not complete: run the job again"
+        left = "let `tokabatch score` judge the other files" if self.others else "run the job again"
+        state = "damaged" if self.faults else "complete" if self.complete else f"intact, but not complete: {left}"
         if self.running:
             state = "damaged, and a run is writing: let it end first" if self.faults else "intact so far; a run is writing"
         return {
@@ -122,7 +125,9 @@ def _check(folder: OutputFolder) -> CheckedFolder:
         remedy = repair_command(folder, manifest, foreign, repair=not nothing)
     first_of_file = tuple({fault.file: fault for fault in reversed(faults)}.values())[::-1]
     running = running or is_claimed(folder)
-    return CheckedFolder(manifest.rows, books, tuple(good), inspected.success is not None, first_of_file, remedy, running)
+    complete = inspected.success is not None
+    others = num_of_other_judges(manifest, inspected)
+    return CheckedFolder(manifest.rows, books, tuple(good), complete, first_of_file, remedy, running, others)
 
 
 def _read_whole(file: ListedFile, name: str, num_rows: int, known: Shard | None) -> tuple[Shard, Int64]:

@@ -74,14 +74,19 @@ def refuse_unrecorded(folder: OutputFolder, manifest: Manifest, found: Inspectio
         )
 
 
-def refuse_other_verdicts(folder: OutputFolder, manifest: Manifest, found: Inspection) -> None:
-    """Raise OutputError if samples of the folder were not judged by the judge in the manifest, as after an interrupted
-    `score`."""
+def num_of_other_judges(manifest: Manifest, found: Inspection) -> int:
+    """Return the number of good shards whose verdicts are not of the judge in the manifest."""
     others = 0
     for _, file in found.good:
         with open_shard(file) as parquet:
             others += not manifest.is_judge_of(parquet.schema_arrow.metadata)
-    if others:
+    return others
+
+
+def refuse_other_verdicts(folder: OutputFolder, manifest: Manifest, found: Inspection) -> None:
+    """Raise OutputError if samples of the folder were not judged by the judge in the manifest, as after an interrupted
+    `score`."""
+    if others := num_of_other_judges(manifest, found):
         raise OutputError(
             f"{folder.path}: the verifier that the folder names has not judged {others:,} of "
             f"{counted(len(found.good), 'file')} yet. `tokabatch score {quote(str(folder.path))}` judges them."

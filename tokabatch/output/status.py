@@ -161,14 +161,16 @@ def read_status(path: Path) -> Status:
 
 
 def read_pace(path: Path, now: float) -> Pace | None:
-    """Return the speed of the job that writes to `path` at `now` (seconds since 1970); None if none is running. A start writes
+    """Return the speed of the job that writes to `path` at `now` (seconds since 1970); None if none is running, or nothing
+    is left to compute. A start writes
     the manifest before its first shard, and each shard carries the time of its commit."""
     folder = OutputFolder(path)
 
     def read() -> Pace | None:
         status, shards = _status(folder)
         manifest = next((file for file in list_files(folder.files, path) if file.path == folder.manifest), None)
-        if status.state != "running" or manifest is None:
+        # Where nothing is pending, files change for other reasons, such as new verdicts.
+        if status.state != "running" or manifest is None or not status.pending:
             return None
         begun = manifest.changed
         # Of this start; one that continues a run may find old shards, or join them.
@@ -182,7 +184,7 @@ def read_pace(path: Path, now: float) -> Pace | None:
         last = commits[-1][0]
         spent = max(last - commits[0][0], 1e-9)
         speed = samples / spent
-        left = status.pending / speed if len(commits) > 2 and status.pending is not None else None
+        left = status.pending / speed if len(commits) > 2 else None
         return Pace(now - begun, now - last, speed, tokens / spent, left and max(0.0, left - (now - last)))
 
     return consistently(read, path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokabatch.errors import TokabatchError
 from tokabatch.number_text import counted, share_text
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, error_rows, excerpts, finish_reasons
+from tokabatch.output.folder import OutputFolder
 from tokabatch.report.render import plain
 from tokabatch.report.sections import Section
 from tokabatch.report.summary import RunSummary
@@ -43,7 +44,7 @@ def closing_sections(out: Path, summary: RunSummary) -> tuple[Section, ...]:
 
 def _cut_off(out: Path) -> tuple[Section, ...]:
     """How many samples ran into a limit, where any did: they are not complete, and mostly wrong where they are judged."""
-    counts = finish_reasons(out)
+    counts = finish_reasons(OutputFolder(out))
     if not counts["length"]:
         return ()
     text = f"{counted(counts['length'], 'sample')}{share_text(counts['length'], counts.total())}"

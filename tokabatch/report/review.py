@@ -59,7 +59,7 @@ def read_record(out: Path) -> RunRecord:
     steps = {
         name: np.asarray(values, np.float64) for name, values in (consistently(lambda: read_steps(folder), out) or {}).items()
     }
-    summary, estimates = read_summary(folder), read_estimates(out)
+    summary, estimates = read_summary(folder), read_estimates(folder)
     shown = excerpts(out, _SAMPLES, whole=True) if status.ok else {}
     prompts, obstacle = _prompts(folder, manifest, shown) if manifest and shown else ({}, "")
     return RunRecord(
@@ -81,7 +81,7 @@ def read_record(out: Path) -> RunRecord:
         prompts=prompts,
         without_verdict=status.without_verdict or 0,
         unjudged=(status.unjudged or 0) + (status.of_another_judge or 0),
-        cut_off=finish_reasons(out)["length"] if status.ok else 0,
+        cut_off=finish_reasons(folder)["length"] if status.ok else 0,
         per_token=_per_token(folder, manifest) if manifest and manifest.job.get("mode") == "score" else None,
     )
 
@@ -129,7 +129,7 @@ def _facts(
         ("settings", settings),
         ("verified by", str(verified.get("kind", ""))),
         ("right", right_from(estimates)),
-        ("estimated", read_estimator(out) if verified else ""),
+        ("estimated", read_estimator(OutputFolder(out)) if verified else ""),
         ("device", " ".join(("CPU" if device == "this processor" else device, _DTYPES.get(summary.get("itemsize", 0), "")))),
         ("prompts", obstacle),
         ("versions", f"tokabatch {versions.tokabatch}, torch {versions.torch}, transformers {versions.transformers}, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from tokabatch.output.folder import OutputFolder
@@ -15,10 +14,9 @@ from tokabatch.scoring.estimates import CHOICES, Estimate, Judged, estimate_all,
 from tokabatch.storage.listing import consistently
 
 
-def read_estimates(path: Path) -> tuple[Estimate, ...] | None:
-    """The figures of the output folder `path`; none while samples or verdicts are missing, None where no sample is judged.
+def read_estimates(folder: OutputFolder) -> tuple[Estimate, ...] | None:
+    """The figures of an output folder; none while samples or verdicts are missing, None where no sample is judged.
     Raises OutputError where the folder cannot be read, DamageError where it is damaged."""
-    folder = OutputFolder(path)
 
     def read() -> tuple[Estimate, ...] | None:
         manifest = read_manifest(folder)
@@ -33,12 +31,12 @@ def read_estimates(path: Path) -> tuple[Estimate, ...] | None:
             return estimate_choices(characters=arrays.pop("characters"), judged=Judged(**arrays))
         return estimate_all(Judged(**arrays), _rule(manifest))
 
-    return consistently(read, path)
+    return consistently(read, folder.path)
 
 
-def read_estimator(path: Path) -> str:
+def read_estimator(folder: OutputFolder) -> str:
     """What estimates them."""
-    manifest = read_manifest(OutputFolder(path))
+    manifest = read_manifest(folder)
     return CHOICES if _scores_texts(manifest) else estimator(_rule(manifest))
 
 

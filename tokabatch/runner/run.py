@@ -37,6 +37,7 @@ from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.output.excerpts import finish_reasons
 from tokabatch.output.existing_results import read_committed
+from tokabatch.output.folder import OutputFolder
 from tokabatch.output.joining import join_small
 from tokabatch.output.leases import Leases
 from tokabatch.output.manifest import Books, mark_success, read_summary, write_summary
@@ -186,7 +187,7 @@ def _run_in_folder(
             _commit_finished(state)
             raise
         steps = replica.steps()
-        summary = _summary(claim.folder.path, summarise(state, tally, steps, profile, exit_code, stalled=stalled), tell)
+        summary = _summary(claim.folder, summarise(state, tally, steps, profile, exit_code, stalled=stalled), tell)
         # A start that is killed has removed the summary and leaves none.
         has_steps = before.get("steps_of_all_starts", True) if before else not started.committed.samples
         summary = replace(summary, steps_of_all_starts=has_steps)
@@ -234,13 +235,13 @@ def _complete(state: RunState, claim: Claim, leases: Leases | None, on_rows: OnR
     return _exit_code(books, job.errors.max_fraction, stopped, abandoned), books.closed
 
 
-def _summary(out: Path, summary: RunSummary, tell: Callable[[str], None]) -> RunSummary:
+def _summary(folder: OutputFolder, summary: RunSummary, tell: Callable[[str], None]) -> RunSummary:
     """Return the summary, with what the output folder says of the finished samples."""
     with suppress(OSError, UsageError):
-        summary = replace(summary, finish_reasons=tuple(sorted(finish_reasons(out).items())))
+        summary = replace(summary, finish_reasons=tuple(sorted(finish_reasons(folder).items())))
     if summary.verifies and not summary.pending:
         try:
-            summary = replace(summary, estimates=read_estimates(out) or (), estimator=read_estimator(out))
+            summary = replace(summary, estimates=read_estimates(folder) or (), estimator=read_estimator(folder))
         except Exception as error:
             tell(f"nothing is estimated of the verdicts, which are committed: {error}")
     return summary

@@ -243,8 +243,8 @@ def _rejudge(
             scored = replace(scored, judged=scored.judged + judged)
         replace_shard(claim, file, tables)
         tell(f"{file.path.name}: judged ({number:,} of {counted(len(left), 'file')})")
-    mark_success(claim, claimed_shards(claim), manifest.samples)
-    scored = replace(scored, estimates=read_estimates(claim.folder.path) or ())
+    books = mark_success(claim, claimed_shards(claim), manifest.samples)
+    scored = replace(scored, estimates=read_estimates(claim.folder) or ())
     if summary:
         estimates = {each.name: [each.value, each.low, each.high] for each in scored.estimates}
         pass_at_k = {name[5:]: values[0] for name, values in estimates.items() if name.startswith("pass@")}
@@ -252,13 +252,14 @@ def _rejudge(
         figures: dict[str, Any] = {
             "verifies": True,
             "estimates": estimates,
-            "estimator": read_estimator(claim.folder.path),
+            "estimator": read_estimator(claim.folder),
             "pass_at_k": pass_at_k or None,
             "unverified": unverified,
         }
-        if summary.get("exit_code") in (EXIT_COMPLETE, EXIT_ERRORS) and not summary.get("pending"):
-            silent = 0 < summary.get("ok", 0) <= unverified
-            too_many = summary.get("errors", 0) > job.errors.max_fraction * manifest.samples
+        if books.closed:
+            # Also a run that was stopped with nothing but verdicts missing.
+            silent = 0 < books.ok <= unverified
+            too_many = books.errors > job.errors.max_fraction * manifest.samples
             figures["exit_code"] = EXIT_ERRORS if silent or too_many else EXIT_COMPLETE
         write_summary(claim, {**summary, **figures})
     return scored
