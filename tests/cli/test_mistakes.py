@@ -121,6 +121,10 @@ MISTAKES = [
     (("run", Q, "--max-model-len", "2048"), "--max-model-len: none is needed: the context is the model's own"),
     (("run", Q, "sampling_params.n=4"), r"did you mean `generation\.n=4`\?"),
     (("run", Q, "num_fewshot=5"), r"did you mean `prompt\.few_shot\.k=5`\?"),
+    (("batch", "rows.jsonl", "--model", "m", "--output", "o"), "no option --output; the file to write is named by --to"),
+    (("run", Q, "generation.stop_token_ids=[x]"), r"for example `'generation\.stop_token_ids=\[\d+\]'`"),
+    (("run", Q, "generation.stop=None"), "None is a text in YAML; leave the key out instead"),
+    (("run", Q, "prompt.system=None"), "None is a text in YAML; leave the key out instead"),
     (("run", Q, "--output", "out/a b"), r"without dashes: 'output\.path=out/a b'\n"),
     (("serve", "jobs/quickstart", "--port", "80"), r"without dashes: server\.port=80\n"),
     (("run", "jobs/quickstart"), r"is a folder; did you mean jobs/quickstart\.yaml\?"),
@@ -275,6 +279,10 @@ MISTAKES = [
     (("run", Q, "model.path=gguf/model.Q4_K_M.gguf"), "GGUF files are not supported"),
     (("run", Q, "model.path=jobs/quickstart/model.safetensors"), "is a file; name its folder, jobs/quickstart"),
     (("run", Q, "model.path=jobs"), "jobs: holds no config.json itself; did you mean jobs/quickstart"),
+    (
+        ("run", Q, "generation=null", "mode=score", "prompt.continuations=answr"),
+        r"prompt\.continuations: the input has no column 'answr' \(did you mean 'answer'\?\)",
+    ),
     (("run", Q, "input.id_column=ident"), "no column 'ident'; its columns are answer, question"),
     (
         ("run", Q, "prompt.few_shot.path=none.jsonl"),

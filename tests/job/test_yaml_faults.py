@@ -77,6 +77,9 @@ FAULTS = [
     ("a:\n  b: |\n    word\u2028y: z\nc: 1\n", 3, "which ends the line in YAML; write a space or a newline instead"),
     ("a:\n  b: x\u2029y\nc: 1\n", 2, "U+2029 (paragraph separator)"),
     ('# word\u0085y\na: "z\n', 1, "U+0085 (next line)"),
+    # Signs that look like others.
+    ("a:\n  number:\u00a02\n  c: 1\n", 2, "the space in column 10 is U+00A0 (no-break space); write an ordinary one"),
+    ("a: {b: \u201c{{ q }}\u201d}\n", 1, "\u201c is no quote in YAML; write straight ones"),
     # Whole files.
     ("a: 1\n---\nb: 2\n", 2, "a line --- begins a second job"),
     ("a: 1\n...\nb: 2\n", 2, "`...` ends the document; remove it"),

@@ -18,7 +18,7 @@ from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import plan, run
 from tokabatch.cli import main
-from tokabatch.errors import JobError, OutputError, Stopped
+from tokabatch.errors import EXIT_COMPLETE, EXIT_ERRORS, JobError, OutputError, Stopped
 from tokabatch.output import existing_results
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
@@ -77,6 +77,24 @@ def check_even(out: Path) -> None:
         assert row["correct"] is (number % 2 == 0 if judged else None), row
         assert row["verify_error"] == ("three" if number == 3 else None)
         assert row["length"] == (len(row["text"]) if judged else None)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_judge_that_fails_everywhere_ends_as_a_run_of_it_does(
+    beside: bool, rows: Path, judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    scripted_run(rows, out, verify=OLD)
+    good = judge.read_text()
+    judge.write_text("def verify(text, row):\n    return row['anser'] in text\n")
+    command = ["score", str(out), f"verify={{kind: {judge}}}", *(("--to", str(tmp_path / "v.parquet")) if beside else ())]
+    monkeypatch.setattr(sys, "argv", ["tokabatch", *command])
+    for text, code in ((judge.read_text(), EXIT_ERRORS), (good, EXIT_COMPLETE)):
+        judge.write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code or 0) == code
+        assert ("NO SAMPLE HAS A VERDICT" in capsys.readouterr().out) == (code == EXIT_ERRORS)
 
 
 @pytest.mark.parametrize("before", [OLD, None])

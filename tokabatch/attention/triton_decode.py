@@ -147,7 +147,8 @@ def decode_and_merge(
     `out_SHD`.
 
     `places_4S` are slot, position, first key to read (none is read if it is after the position) and number of planes, each
-    int32 [S]. Without `planes` nothing is merged; with them, their counters are zero afterwards. The rest is as in `decode`.
+    int32 [S]. Without `planes` nothing is merged; with them, `triton_tiles.attend_tiles` has to be launched directly in front,
+    and their counters are zero afterwards. The rest is as in `decode`.
     """
     prior = (None, None, None) if planes is None else (planes.lse_NTH, planes.state_NTHD, planes.counter)
     _launch(q_SHD, cache, table, places_4S, out_SHD, prior, 1)

@@ -46,12 +46,13 @@ def _copy_out(
     index, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     page = tl.load(list_ptr + index * 3).to(tl.int64)
     row, count = tl.load(list_ptr + index * 3 + 1).to(tl.int64), tl.load(list_ptr + index * 3 + 2)
-    at = tl.arange(0, BLOCK)
-    inside = at < count * DIM
-    source = page * page_stride + head * PAGE * DIM + at
-    target = (row + at // DIM) * num_kv_heads * DIM + head * DIM + at % DIM
-    tl.store(k_out_ptr + target, tl.load(k_ptr + source, mask=inside), mask=inside)
-    tl.store(v_out_ptr + target, tl.load(v_ptr + source, mask=inside), mask=inside)
+    for start in range(0, PAGE * DIM, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < count * DIM
+        source = page * page_stride + head * PAGE * DIM + at
+        target = (row + at // DIM) * num_kv_heads * DIM + head * DIM + at % DIM
+        tl.store(k_out_ptr + target, tl.load(k_ptr + source, mask=inside), mask=inside)
+        tl.store(v_out_ptr + target, tl.load(v_ptr + source, mask=inside), mask=inside)
 
 
 class PageStore:
@@ -115,5 +116,5 @@ def copy_out(cache: tuple[torch.Tensor, torch.Tensor], pages_C3: torch.Tensor, o
     assert k_NKPD[0].is_contiguous() and k_NKPD.stride() == v_NKPD.stride() and out.is_contiguous()
     _copy_out[(len(pages_C3) * num_kv_heads,)](
         k_NKPD, v_NKPD, out[0], out[1], pages_C3, k_NKPD.stride(0), num_kv_heads,
-        DIM=head_dim, PAGE=page_size, BLOCK=triton.next_power_of_2(page_size * head_dim), num_warps=4,
+        DIM=head_dim, PAGE=page_size, BLOCK=min(_BLOCK, triton.next_power_of_2(page_size * head_dim)), num_warps=4,
     )  # fmt: skip

@@ -128,6 +128,12 @@ class Command(TyperCommand):
             # An option that is begun, such as --gpus for --gpus-per-task, is suggested by the parser.
             if written is None or any(name.startswith(f"{written[1]}{written[2]}") for name in options):
                 continue
+            if any(
+                needs.startswith("-") and needs in options and f"{written[1]}{written[2]}" in names
+                for names, needs, _ in _OPTIONS_ELSEWHERE
+            ):
+                # What others call an option of this command: the parser's refusal names it.
+                continue
             keys = [each.name for each in import_module("tokabatch.job").Job.describe_keys()]
             word_of = written[2].replace("-", "_")
             elsewhere = import_module("tokabatch.job.names_elsewhere")

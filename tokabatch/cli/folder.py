@@ -18,7 +18,7 @@ import typer
 from tokabatch.cli.arguments import OutArgument
 from tokabatch.cli.printing import READER_ENDED, print_note, print_result
 from tokabatch.cli.signals import stop_on_signals
-from tokabatch.errors import JobError, OutputError, Stopped, UsageError
+from tokabatch.errors import EXIT_ERRORS, JobError, OutputError, Stopped, UsageError
 from tokabatch.number_text import counted
 from tokabatch.report.streams import first_fault
 
@@ -168,6 +168,9 @@ def score(
         print_note(f"no verdict for {counted(number, 'sample')}, counted as wrong: {reason}")
     if to is None:
         print_note(import_module("tokabatch.report.summary").verdict_sections(scored.estimates, scored.done, scored.samples))
+    if scored.silent:
+        print_note("NO SAMPLE HAS A VERDICT: correct the judge or the references, then give the same command again")
+        raise typer.Exit(EXIT_ERRORS)
 
 
 def export(

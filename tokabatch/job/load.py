@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -90,10 +90,22 @@ def load_model(model: type[Model], source: object, overrides: Sequence[object]) 
         loaded = model.model_validate(draft.values)
     except ValidationError as error:
         draft.problems += [_located(draft, refusal) for refusal in refusals_of(model, error, draft.values)]
+    else:
+        draft.problems += [_located(draft, refusal) for refusal in _python_nones(model, draft.values)]
     if loaded is None or draft.problems:
         raise JobError("\n".join(text for _, text in sorted(draft.problems, key=lambda problem: problem[0])))
     places = {dotted(key): f"{draft.name}:{line}" for key, line in draft.lines.items()}
     return loaded, Written(places | {dotted(key): f"override `{text}`" for key, text in draft.overrides.items()})
+
+
+def _python_nones(model: type[BaseModel], values: Mapping[str, Any], path: Path = ()) -> Iterator[Refusal]:
+    """Iterate over one refusal for each text `None` of a key that may be left out: Python's word, which is a text in YAML."""
+    for key, value in values.items():
+        info = field_at(model, (*path, key))
+        if isinstance(value, Mapping):
+            yield from _python_nones(model, cast("Mapping[str, Any]", value), (*path, key))
+        elif value == "None" and info is not None and info.default in (None, ()):
+            yield Refusal((*path, key), "None is a text in YAML; leave the key out instead")
 
 
 def _copied(value: Any) -> Any:

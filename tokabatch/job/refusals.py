@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -61,7 +62,9 @@ class Refusal:
             behind = key.strip().removeprefix(self.key)
             meant = self.suggestion.rpartition(".")[2] if inside else f"{self.suggestion}{behind}={value}"
             return f"override `{override}`: {subject}{self.message}; did you mean `{meant}`?"
-        remedy = f", for example `{shlex.quote(f'{self.key}={self.example}')}`" if self.example is not None else ""
+        # An item of a list is given with its whole list.
+        whole = dotted(tuple(takewhile(lambda part: isinstance(part, str), self.path)))
+        remedy = f", for example `{shlex.quote(f'{whole}={self.example}')}`" if self.example is not None else ""
         return f"override `{override}`: {subject}{self.message}{remedy}"
 
 

@@ -7,6 +7,7 @@ was probably written wrongly, by a table of causes. Where it recognises none, it
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -144,6 +145,18 @@ def _tab(fault: _Fault) -> tuple[int, str] | None:
     if fault.line[: fault.column].strip():
         return fault.row, f"{where}; write a space instead, or put the text in quotes"
     return fault.row, f"{where}; indent with spaces instead, two for each level"
+
+
+def _wide_space(fault: _Fault) -> tuple[int, str] | None:
+    """A space that YAML takes for a letter, where it looks like one that separates or indents."""
+    rows = sorted({fault.start[0], fault.row, fault.row if (above := fault.above(fault.row)) is None else above})
+    for row in rows:
+        found = re.search(r"^\s*([^\S ])|:([^\S ])", fault.lines[row].replace("\t", " "))
+        sign = found and (found[1] or found[2])
+        if found and sign:
+            named = f"U+{ord(sign):04X} ({unicodedata.name(sign, 'a space').lower()})"
+            return row, f"the space in column {found.end()} is {named}; write an ordinary one"
+    return None
 
 
 def _fence(fault: _Fault) -> tuple[int, str] | None:
@@ -316,6 +329,8 @@ def _braces(fault: _Fault) -> tuple[int, str] | None:
     if surplus > 0:
         return fault.start[0], f"the {opened} in column {fault.start[1] + 1} is not closed; add {closing}"
     before = fault.line[: fault.column]
+    if before.rstrip()[-1:] in _CURLY:
+        return fault.row, f"{before.rstrip()[-1]} is no quote in YAML; write straight ones"
     if here == ":" and not re.search(r"(^|[\w.)\"'\]}]\s)\s*[\w.-]+$", before):
         return fault.row, 'text that contains a colon and a space needs quotes: "…: …"'
     word = re.search(r"[\w.-]*$", before) if here == ":" else re.match(r"[^\s,}\]]*", fault.line[fault.column :])
@@ -349,6 +364,7 @@ def _first_sign(fault: _Fault) -> tuple[int, str] | None:
 _CAUSES: tuple[tuple[str, _Cause], ...] = (
     (r"'\\t'", _tab),
     ("single document", _says("a line --- begins a second job; keep one job a file, and remove that line")),
+    ("", _wide_space),
     ("", _merge),
     ("", _fence),
     ("quoted scalar found unexpected end", _open_quote),

@@ -177,6 +177,10 @@ class Claim:
                 "committed is intact."
             )
         if self._lock is None or not self._lock.is_in_place():
+            if not is_there(self.files, self.folder.path):
+                raise CommitError(
+                    f"output.path {str(self.folder.path)!r} was removed or moved while this run was writing there."
+                )
             raise CommitError(
                 f"output.path {str(self.folder.path)!r}: its lock (_lock) was removed while this run was writing, so "
                 "another run may be writing there. This run stops; what is committed is intact. Stop the other one, then run "

@@ -251,7 +251,8 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
         sections.append(Section("Engine", tuple(_engine(summary))))
     if summary.verifies and summary.ok:
         unclear = [("not verified", f"{counted(summary.unverified, 'sample')}, counted as wrong")] if summary.unverified else []
-        if any(each.name == "pass@1" and not each.value for each in summary.estimates):
+        # Where a right sample ends a row (verify.stop), an estimate of zero does not say that none is right.
+        if not summary.stops_rows and any(each.name == "pass@1" and not each.value for each in summary.estimates):
             unclear.append(("none is right", "check the judge, the form of the references, and whether samples are cut off"))
         why = [("because", reason) for reason in summary.unverified_reasons]
         (verified,) = verdict_sections(summary.estimates, summary.samples - summary.pending, summary.samples, summary.estimator)

@@ -85,6 +85,8 @@ class Scored:
     estimates: tuple[Estimate, ...] = ()
     right: int = 0
     """Samples judged right; counted for a file of verdicts alone."""
+    silent: bool = False
+    """Whether there are samples, and the judge could judge none of them."""
 
 
 def score(
@@ -181,7 +183,9 @@ def score_to(
         raise OutputError(f"--to {target} cannot be written: {error.strerror}; name a file elsewhere") from error
     reasons = Counter[str](verdicts["verify_error"].drop_null().to_pylist() if verdicts.num_columns > 4 else ())
     right = int(np.count_nonzero(verdicts["correct"].fill_null(False))) if verdicts.num_columns > 4 else 0
-    return Scored(count_ok(verdicts), 1, reasons, verdicts.num_rows, manifest.samples, right=right)
+    judged = count_ok(verdicts)
+    silent = 0 < judged <= reasons.total()
+    return Scored(judged, 1, reasons, verdicts.num_rows, manifest.samples, right=right, silent=silent)
 
 
 def _manifest(folder: OutputFolder) -> Manifest:
@@ -244,21 +248,21 @@ def _rejudge(
         replace_shard(claim, file, tables)
         tell(f"{file.path.name}: judged ({number:,} of {counted(len(left), 'file')})")
     books = mark_success(claim, claimed_shards(claim), manifest.samples)
-    scored = replace(scored, estimates=read_estimates(claim.folder) or ())
+    without_verdict = read_status(claim.folder.path).without_verdict or 0
+    silent = 0 < books.ok <= without_verdict
+    scored = replace(scored, estimates=read_estimates(claim.folder) or (), silent=silent)
     if summary:
         estimates = {each.name: [each.value, each.low, each.high] for each in scored.estimates}
         pass_at_k = {name[5:]: values[0] for name, values in estimates.items() if name.startswith("pass@")}
-        unverified = read_status(claim.folder.path).without_verdict or 0
         figures: dict[str, Any] = {
             "verifies": True,
             "estimates": estimates,
             "estimator": read_estimator(claim.folder),
             "pass_at_k": pass_at_k or None,
-            "unverified": unverified,
+            "unverified": without_verdict,
         }
         if books.closed:
             # Also a run that was stopped with nothing but verdicts missing.
-            silent = 0 < books.ok <= unverified
             too_many = books.errors > job.errors.max_fraction * manifest.samples
             figures["exit_code"] = EXIT_ERRORS if silent or too_many else EXIT_COMPLETE
         write_summary(claim, {**summary, **figures})
