@@ -244,14 +244,11 @@ class TestRefusedFiles:
                 'prompt: {system: "Use \\frac{1}{2} and x"}',
                 r"prompt.system: the \f of `\frac{1}{2} an…` became a form feed (U+000C)",
             ),
-            ('generation: {stop: [a, "\\alpha"]}', r"generation.stop[1]: the \a of `\alpha` became a bell character (U+0007)"),
             (
-                'verify: {kind: exact, answer: a, options: {x: ["\\epsilon"]}}',
-                r"verify.options.x[0]: the \e of `\epsilon` became an",
+                'prompt: {template: "\\vec\\0"}',
+                r"to keep the backslash, write \\v (or, in YAML, use single quotes or a block `|`",
             ),
-            ('prompt: {template: "\\vec\\0"}', r"single quotes or below a block `|`, or write \\v"),
             ('prompt: {template: "\\x7 \\x01"}', "is not valid YAML"),
-            ('prompt: {template: "\\x01"}', "prompt.template: holds the control character U+0001; remove it"),
             ("generation:\n  stop:\n    - a\n    - 3", "7: generation.stop[1]: got the number 3"),
             ("generation: {stop_token_ids: [-1]}", "stop_token_ids[0]: got the number -1; accepts a token id"),
             ("generation: {ignore_eos: yes}", "got the text yes; accepts true or false"),
@@ -448,7 +445,10 @@ class TestOverrides:
             ("generation.n", "override `generation.n`: write key=value, for example generation.n=4"),
             ("=4", "override `=4`: write key=value"),
             ("generation..n=4", "write key=value"),
-            ('generation.stop=["\\f"]', "generation.stop[0]: the \\f became a form feed (U+000C), as in double quotes"),
+            (
+                'prompt.template="\\frac"',
+                r"the \f of `\frac` became a form feed (U+000C), as in double quotes",
+            ),
             ("verify.kind=gsm8k", "override `verify.kind=gsm8k`: verify: kind gsm8k needs `answer`"),
         ],
     )
@@ -628,3 +628,14 @@ def test_keys_as_arguments_are_refused_with_the_overrides_to_write(named: dict[s
 def test_other_arguments_are_errors_of_the_program(word: str) -> None:
     with pytest.raises(TypeError, match=word):
         Job.load(MINIMAL, **{word: "x"})  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def test_control_characters_that_are_meant_are_accepted() -> None:
+    sections = {"model": {"path": "m"}, "input": {"path": "i.jsonl"}, "output": {"path": "o"}}
+    stops = ["\x1e", "\x1b[0m", "\alpha"]
+    for template in ("a\f\nb \x01c", 'a{{ "\\x0c" }}b'):
+        job = Job.load({**sections, "prompt": {"template": template}, "generation": {"stop": stops}})
+        assert job.prompt.template == template
+        assert list(job.generation.stop) == stops
+    with pytest.raises(JobError, match="x0c"):
+        Job.load({**sections, "prompt": {"template": "a\fb"}})

@@ -1,19 +1,18 @@
-"""Control characters in the texts of a job: mostly a backslash that began an escape, as in "\\boxed" or "\\frac".
+"""Control characters in the prompts of a job that were meant as commands of LaTeX, as in "\\boxed" or "\\frac".
 
-In double quotes of YAML, JSON and Python, some letters behind a backslash mean such a character. A newline, a tab and a
-carriage return are used in prompts, the others are not. Independent of the job's keys.
+In double quotes of YAML, JSON and Python, some letters behind a backslash mean such a character. Directly in front of a
+letter it is taken for a mistake; elsewhere, and in texts such as stop texts, it may be meant.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from itertools import takewhile
 from typing import Any, cast
 
-from tokabatch.job.refusals import Path, Refusal
+from tokabatch.job.refusals import Refusal
 
 _ESCAPES = {
-    "\0": ("\\0", "a null character"),
     "\a": ("\\a", "a bell character"),
     "\b": ("\\b", "a backspace character"),
     "\v": ("\\v", "a vertical tab"),
@@ -21,32 +20,32 @@ _ESCAPES = {
     "\x1b": ("\\e", "an escape character"),
 }
 """How each is written in double quotes, and its name."""
-_ALLOWED = "\t\n\r"
+_MISTAKE = re.compile(r"([\a\b\v\f\x1b])(?=[A-Za-z])")
+_PROMPTS = (
+    ("prompt", "template"),
+    ("prompt", "system"),
+    ("prompt", "chat_template"),
+    ("prompt", "few_shot", "template"),
+)
 _SHOWN = 12
 
 
-def control_characters(values: Any, path: Path = ()) -> Iterator[Refusal]:
-    """Iterate over one refusal for each text, at any depth of `values`, that holds a control character."""
-    if isinstance(values, Mapping):
-        for key, value in cast("Mapping[str, Any]", values).items():
-            yield from control_characters(value, (*path, key))
-    elif isinstance(values, list | tuple):
-        for index, value in enumerate(cast("list[Any]", values)):
-            yield from control_characters(value, (*path, index))
-    elif isinstance(values, str):
-        place = next((place for place, sign in enumerate(values) if sign < " " and sign not in _ALLOWED), None)
-        if place is not None:
-            yield Refusal(path, _describe(values[place], values[place + 1 :]))
+def control_characters(values: Mapping[str, Any]) -> Iterator[Refusal]:
+    """Iterate over one refusal for each text of a prompt that holds such a character in front of a letter."""
+    for path in _PROMPTS:
+        value: Any = values
+        for part in path:
+            value = cast("Mapping[str, Any]", value).get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, str) and (found := _MISTAKE.search(value)):
+            yield Refusal(path, _describe(found[0], value[found.end() :]))
 
 
 def _describe(sign: str, behind: str) -> str:
-    number = f"U+{ord(sign):04X}"
-    if sign not in _ESCAPES:
-        return f"holds the control character {number}; remove it"
     written, name = _ESCAPES[sign]
-    shown = "".join(takewhile(str.isprintable, behind[:_SHOWN]))
-    where = f" of `{written}{shown}{'…' if len(behind) > len(shown) else ''}`" if shown else ""
+    shown = re.match(r"[^\x00-\x1f]*", behind[:_SHOWN])
+    start = shown[0] if shown else ""
     return (
-        f"the {written}{where} became {name} ({number}), as in double quotes; to keep the backslash, put the text in single "
-        f"quotes or below a block `|`, or write \\{written}"
+        f"the {written} of `{written}{start}{'…' if len(behind) > len(start) else ''}` became {name} (U+{ord(sign):04X}), "
+        f"as in double quotes; to keep the backslash, write \\{written} (or, in YAML, use single quotes or a block `|`; in "
+        f'Python, r"…"); if the character is meant, write it there, likewise, as {{{{ "\\x{ord(sign):02x}" }}}}'
     )
