@@ -455,6 +455,12 @@ def test_a_sample_whose_text_was_not_written_keeps_its_reason(rows: Path, judge:
     # Another judge has said nothing of them, and cannot.
     score(out, ["verify.correct_from=0.5"])
     assert verdicts() == [(None, scoring.NO_TEXT)] * 3
+    # Nor is anything left to judge of them: the files and the mark stay as they are.
+    judge.write_text(judge.read_text().replace("'3'", "'none'"))
+    score(out, [f"verify.kind={judge}"])
+    before = {file: file.stat().st_mtime_ns for file in (*(out / "data").iterdir(), out / "_SUCCESS")}
+    assert score(out).files == 0
+    assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
 def test_the_page_says_what_counts_as_right_where_scores_lie_between(rows: Path, tmp_path: Path) -> None:

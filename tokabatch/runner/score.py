@@ -357,13 +357,16 @@ def _is_judged(file: ListedFile, manifest: Manifest) -> bool:
 
 
 def num_lacking(file: ListedFile, which: Which) -> int:
-    """Return the number of a shard's samples without a verdict: all of them ("missing"), or those that a stopped run left
-    unjudged."""
+    """Return the number of a shard's samples that `judge_again` judges: all those without a verdict ("missing"), or those that
+    a stopped run left unjudged. Texts are read only if there may be any."""
     with open_shard(file) as parquet:
         if "verify_error" not in verdict_names(parquet.schema_arrow):
             return 0
         table: pa.Table = parquet.read(["verify_error"])
-    return sum(_is_of(which, reason) for reason in table["verify_error"].to_pylist())
+    if not any(_is_of(which, reason) for reason in table["verify_error"].to_pylist()):
+        return 0
+    columns = ("status", "error_code", "text", "answer_text", "verify_error")
+    return sum(sum(_chosen(each, which)[0]) for each in read_groups(file, columns))
 
 
 def _is_of(which: Which, reason: str | None) -> bool:
