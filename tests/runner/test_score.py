@@ -31,6 +31,7 @@ from tokabatch.output.remedy import begin_record
 from tokabatch.output.status import read_status
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN
 from tokabatch.report import review
+from tokabatch.report.folder_state import what_is_left
 from tokabatch.report.run_estimates import read_estimates
 from tokabatch.runner import score as scoring
 from tokabatch.runner.interruption import Interruption
@@ -280,6 +281,13 @@ def test_a_stopped_score_leaves_no_figure_of_before(
     check_even(out)
     assert check(out).facts["result"] == "complete"
     assert read_status(out).of_another_judge is None and "samples still to be judged" not in page(out)
+
+
+def test_files_of_error_rows_alone_that_a_stopped_score_left_are_named(tmp_path: Path) -> None:
+    """They hold no sample to judge, but no run continues before they name the judge."""
+    assert what_is_left(tmp_path, {"of_another_judge": None, "pending": 0}) == ()
+    (section,) = what_is_left(tmp_path, {"of_another_judge": 0, "pending": 0})
+    assert section.rows == ((f"tokabatch score {tmp_path}", "names the judge in the files that are left"),)
 
 
 def page(out: Path) -> str:

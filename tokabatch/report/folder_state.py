@@ -27,8 +27,10 @@ def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] 
 
 def what_is_left(out: Path, values: Mapping[str, Any]) -> tuple[Section, ...]:
     """The command that completes a run that is not complete, and what it does."""
-    if others := values.get("of_another_judge"):
-        return (Section("Next", ((f"tokabatch score {quote(str(out))}", f"judges {counted(others, 'sample')}"),)),)
+    if (others := values.get("of_another_judge")) is not None:
+        # Files of error rows alone hold none to judge, but must name the judge.
+        does = f"judges {counted(others, 'sample')}" if others else "names the judge in the files that are left"
+        return (Section("Next", ((f"tokabatch score {quote(str(out))}", does),)),)
     todo = (("computes the missing", values.get("pending")), ("judges", values.get("unjudged")))
     does = " and ".join(f"{verb} {counted(number, 'sample')}" for verb, number in todo if number)
     return (Section("Next", (("the same `tokabatch run` again", does),)),) if does else ()
