@@ -87,7 +87,7 @@ def test_rope_is_read_from_old_and_new_keys(tmp_path):
         ),
         (
             {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["sliding_attention"] * 32},
-            ["`use_sliding_window`", "4096"],
+            ["`use_sliding_window`", "4,096"],
         ),
     ],
 )
