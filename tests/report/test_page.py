@@ -11,8 +11,9 @@ import pytest
 from tokabatch.number_text import seconds_text
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt
 from tokabatch.output.steps import elapsed
-from tokabatch.report.page import PerToken, RunRecord, _columns, _rates, _thin, render_page
+from tokabatch.report.page import PerToken, RunRecord, _columns, render_page
 from tokabatch.report.plots import histogram
+from tokabatch.report.step_figures import _rates, _thin
 from tokabatch.scoring.estimates import Estimate
 
 STEPS = {"replica": np.zeros(60)} | {
@@ -96,6 +97,12 @@ def test_the_rate_of_a_stopped_start_counts_unfinished_samples() -> None:
 def test_a_run_with_too_many_errors_says_so_at_the_top():
     page = render_page(replace(RUN, summary={"this_start": SUMMARY, "exit_code": 3}, errors=2))
     assert "a model, complete, but with 2 errors in 20 samples, more than errors.max_fraction allows</p>" in page
+
+
+def test_a_run_without_a_verdict_says_so_at_the_top() -> None:
+    silent = replace(RUN, without_verdict=RUN.ok, summary={"this_start": SUMMARY, "exit_code": 3})
+    assert "a model, complete, but no sample has a verdict</p>" in render_page(silent)
+    assert "verdict</p>" not in render_page(replace(silent, without_verdict=RUN.ok - 1))
 
 
 def test_samples_that_were_cut_off_are_counted():

@@ -13,14 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tokabatch.arrays import Float64
+from tokabatch.errors import EXIT_ERRORS
 from tokabatch.number_text import counted, seconds_text
 from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
-from tokabatch.output.steps import REPLICA, elapsed
+from tokabatch.output.steps import elapsed
 from tokabatch.report import plots
 from tokabatch.report.closing import errors_section
+from tokabatch.report.step_figures import step_figures
 from tokabatch.scoring.estimates import Estimate, distinct
 
-_POINTS = 400
 _CHARACTERS, _FOLDED, _BEGINNING = 4000, 700, 200
 """The most characters that are shown of a text, of a prompt without folding it, and of a sample that is folded."""
 _SHORT = ("Prompt tokens", "Predicted and actual")
@@ -53,7 +54,8 @@ table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:t
 border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{font-weight:400;color:var(--soft);min-width:6rem}
 table.errors{margin-bottom:1.4rem}.errors td:first-child{white-space:nowrap}
 @media(max-width:42rem){.errors th{display:none}.errors tr{display:block;border-bottom:1px solid var(--line);padding:.35rem 0}
-.errors td{display:inline;border:0}.errors td:nth-child(2)::before{content:"row "}.errors td:last-child{display:block}}
+.errors td{display:inline;border:0}.errors td:nth-child(2):not(:empty)::before{content:"row "}
+.errors td:last-child{display:block}}
 details{border:1px solid var(--line);border-radius:.5rem;padding:.4rem .8rem;margin-bottom:.5rem}
 details th{width:8rem}details td{white-space:pre-line}
 summary{cursor:pointer;overflow-wrap:anywhere}summary small{color:var(--soft)}
@@ -146,10 +148,12 @@ def _columns(tiles: int) -> int:
 
 
 def _state(run: RunRecord) -> str:
-    """Return the state, with the number of errors if a complete run has too many."""
-    # With that exit code a run may have no verdicts instead, which `tokabatch score` may have given since.
-    silent = 0 < run.ok <= run.without_verdict
-    if run.state == "complete" and run.summary.get("exit_code") == 3 and not silent:
+    """Return the state, and what is wrong with a complete run: no verdicts, or too many errors."""
+    if run.state != "complete":
+        return run.state
+    if 0 < run.ok <= run.without_verdict:
+        return "complete, but no sample has a verdict"
+    if run.summary.get("exit_code") == EXIT_ERRORS:
         found = f"{counted(run.errors, 'error')} in {counted(run.samples, 'sample')}"
         return f"complete, but with {found}, more than errors.max_fraction allows"
     return run.state
@@ -313,7 +317,7 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         title, unit = ("Output lengths", "output tokens of a sample") if run.per_token is None else ("Lengths", "scored tokens")
         figures.append((title, note, plots.histogram(run.lengths, unit, "samples" if run.per_token is None else "texts")))
     if len(run.steps.get("seconds", ())) > 1:
-        figures += _step_figures(run)
+        figures += step_figures(run.steps, whole=run.whole, shared=run.shared)
     s = run.summary.get("this_start", run.summary)
     last = ", last start" if s.get("earlier") else ""
     if s.get("prompt_tokens"):
@@ -343,59 +347,3 @@ def _bars(labels: Sequence[str], values: Sequence[float]) -> str:
         for label, value, color in zip(labels, values, _COLORS, strict=False)
     )
     return f"<div class=bars>{''.join(rows)}</div>"
-
-
-def _step_figures(run: RunRecord) -> list[tuple[str, str, str]]:
-    steps = run.steps
-    edges, means = _thin(steps, ("running", "waiting", "pages", "capacity"))
-    rates = _rates(steps, edges)
-    total = float(elapsed(steps).max())
-    output, prefill = (
-        plots.Curve("output tokens", rates["sampled"], filled=True),
-        plots.Curve("prompt tokens", rates["prefill"], plots.SECOND),
-    )
-    drawn = plots.over_time(edges, [output, prefill], "tokens a second")
-    running = [plots.Curve("running", means["running"], filled=True), plots.Curve("waiting", means["waiting"], plots.SECOND)]
-    kv = [plots.Curve("in use", means["pages"] / np.maximum(means["capacity"], 1), filled=True)]
-    note = f"{counted(len(steps['seconds']), 'step')} in {seconds_text(total)}"
-    note += ", of several processes one after another" if run.shared else ""
-    note += "" if run.whole else ", without those of a start that was killed"
-    return [
-        ("Throughput", note, drawn),
-        (
-            "KV cache in use",
-            f"attention's keys and values of earlier tokens; {counted(int(means['capacity'].max()), 'page')}",
-            plots.over_time(edges, kv, "share of pages", 1.0),
-        ),
-        (
-            "Samples running and waiting",
-            f"at most {means['running'].max():,.0f} at once",
-            plots.over_time(edges, running, "samples"),
-        ),
-    ]
-
-
-def _thin(steps: Mapping[str, Float64], names: Sequence[str]) -> tuple[Float64, dict[str, Float64]]:
-    """Divide the time into at most `_POINTS` equal parts. Return the end of each part in seconds and the time-weighted mean of
-    each column in it, summed over the replicas."""
-    seconds, ends, replica = steps["seconds"], elapsed(steps), steps[REPLICA].astype(np.int64)
-    count, whole = int(replica.max()) + 1, float(ends.max())
-    parts = max(1, min(_POINTS, len(seconds) // count))
-    place = np.minimum((ends - seconds / 2) / whole * parts, parts - 1).astype(np.int64)
-    present, place = np.unique(place, return_inverse=True)
-    cell, cells = replica * len(present) + place, count * len(present)
-    weight = np.maximum(np.bincount(cell, weights=seconds, minlength=cells), 1e-12)
-    sums = {n: np.bincount(cell, weights=steps[n] * seconds, minlength=cells) for n in names}
-    edges: Float64 = ((present + 1) * (whole / parts)).astype(np.float64)
-    return edges, {n: (sums[n] / weight).reshape(count, -1).sum(axis=0) for n in names}
-
-
-def _rates(steps: Mapping[str, Float64], edges: Float64) -> dict[str, Float64]:
-    """Return tokens per second between consecutive edges, from the cumulative counts."""
-    ends = elapsed(steps)
-    order = np.argsort(ends, kind="stable")
-    ends = np.append(0.0, ends[order])
-    spans = np.diff(edges, prepend=0.0)
-    counts = {"sampled": steps["sampled"], "prefill": steps["tokens"] - steps["decoded"]}
-    totals = {name: np.concatenate(([0.0], np.cumsum(values[order]))) for name, values in counts.items()}
-    return {n: np.diff(np.interp(edges, ends, total), prepend=0.0) / np.maximum(spans, 1e-12) for n, total in totals.items()}
