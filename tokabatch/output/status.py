@@ -161,9 +161,8 @@ def read_status(path: Path) -> Status:
 
 
 def read_pace(path: Path, now: float) -> Pace | None:
-    """Return the speed of the job that writes to `path` at `now` (seconds since 1970); None if none is running, or nothing
-    is left to compute. A start writes
-    the manifest before its first shard, and each shard carries the time of its commit."""
+    """Return the speed of the job that writes to `path` at `now` (seconds since 1970); None if none is running, or nothing is
+    left to compute. A start writes the manifest before its first shard, and each shard carries the time of its commit."""
     folder = OutputFolder(path)
 
     def read() -> Pace | None:
