@@ -11,12 +11,14 @@ from support.shards import write_rows
 
 from tokabatch.errors import DamageError
 from tokabatch.input.fingerprint import Fingerprint
+from tokabatch.output import excerpts as chosen
 from tokabatch.output.claim import Claim
 from tokabatch.output.excerpts import ErrorRow, error_rows, excerpts, finish_reasons
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, Versions, write_manifest
 from tokabatch.output.schema import CORRECT, VERDICT_FIELDS, output_schema
 from tokabatch.output.shard_writer import ShardWriter
+from tokabatch.storage.listing import ListedFile
 
 MANIFEST = Manifest("2026-01-02T03:04:05+00:00", "/", "m", Versions("1", "2", "3", "4"), 9, 18, {}, Fingerprint({}, {}))
 
@@ -117,3 +119,17 @@ def test_a_damaged_shard_is_reported(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DamageError, match="part-00000"):
         error_rows(out)
+
+
+def test_a_few_examples_open_the_shards_that_they_come_from_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = folder(tmp_path / "out", *([good(row, 0, correct=True)] for row in range(9)), verified=True)
+    opened: list[str] = []
+    open_shard = chosen.open_shard
+
+    def noting(shard: ListedFile) -> Any:
+        opened.append(shard.path.name)
+        return open_shard(shard)
+
+    monkeypatch.setattr(chosen, "open_shard", noting)
+    assert [each.row_index for each in excerpts(out, 3)["right"]] == [0] and len(set(opened)) == 1
+    assert len(excerpts(out, 5, whole=True)["right"]) == 5 and len(set(opened)) == 9

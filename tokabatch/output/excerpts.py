@@ -6,9 +6,10 @@ For error rows, only the row groups that hold some are read, found by the statis
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,7 +74,7 @@ class _Place:
     """The place of a sample; `rank` orders the candidates of a kind."""
 
     rank: tuple[int, int, int]
-    shard: int
+    shard: ListedFile
     group: int
     offset: int
 
@@ -96,11 +97,12 @@ def excerpts(path: Path, count: int, *, whole: bool = False) -> dict[Kind, tuple
         folder = OutputFolder(path)
         manifest = read_manifest(folder)
         id_column = manifest and manifest.id_column
-        # Verdicts of another judge count nowhere.
-        shards = [each for each in _shards(folder) if manifest is None or manifest.is_judge_of(_metadata(each))]
+        shards = _shards(folder)
+        # Verdicts of another judge count nowhere. Without `whole`, the footers of further shards are not read.
+        good = (each for each in shards if manifest is None or manifest.is_judge_of(_metadata(each)))
         if shards and _scores_texts(shards[0]):
-            return _scored(shards if whole else shards[:1], count, whole, id_column)
-        return _excerpts(shards, count, whole, id_column)
+            return _scored(list(good if whole else islice(good, 1)), count, whole, id_column)
+        return _excerpts(good, count, whole, id_column)
 
     return consistently(choose, path)
 
@@ -218,21 +220,21 @@ def _all_null(file: ParquetFile, group: int) -> bool:
     return statistics is not None and statistics.has_null_count and statistics.null_count == described.num_rows
 
 
-def _excerpts(shards: Sequence[ListedFile], count: int, whole: bool, id_column: str | None) -> dict[Kind, tuple[Excerpt, ...]]:
+def _excerpts(shards: Iterable[ListedFile], count: int, whole: bool, id_column: str | None) -> dict[Kind, tuple[Excerpt, ...]]:
     best: dict[Kind, list[_Place]] = {}
-    for number, shard in enumerate(shards):
+    for shard in shards:
         with open_shard(shard) as file:
             schema = file.schema_arrow
             present = [*_KEYS, *(name for name in verdict_names(schema) if name == CORRECT.name)]
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=present)
                 for kind, chosen in _candidates(table, whole).items():
-                    places = [_Place(rank, number, group, offset) for rank, offset in nsmallest(count, chosen)]
+                    places = [_Place(rank, shard, group, offset) for rank, offset in nsmallest(count, chosen)]
                     best[kind] = nsmallest(count, [*best.get(kind, ()), *places], key=lambda place: place.rank)
         if any(best.values()) and not whole:
             break
     return {
-        kind: tuple(_read(shards[place.shard], place.group, place.offset, id_column) for place in places)
+        kind: tuple(_read(place.shard, place.group, place.offset, id_column) for place in places)
         for kind, places in best.items()
         if places
     }
