@@ -64,19 +64,13 @@ FAULTS = [
     ("a:\n  b: *bold*\n", 2, "text that begins with * needs quotes"),
     ("a:\n  b: ? x\n", 2, "text that begins with ? needs quotes"),
     ("a:\n  b: - x\n", 2, "a list on the line of its key is written in brackets"),
-    ("a: x\x01y\n", 1, "`a: x\\x01y` is not valid YAML: it holds a control character, U+0001"),
+    ("a: x\x01y\n", 1, "`a: x<U+0001>y` is not valid YAML: it holds a control character, U+0001"),
     # Items of lists.
     ("a:\n  b:\n    - x\n    -y\n", 4, "a space is missing behind the dash: write `- y`"),
     ("a:\n  b:\n  -'x'\n  c: 1\n", 3, "a space is missing behind the dash: write `- 'x'`"),
-    # Ends of lines that editors do not show.
-    (
-        "a:\n  b: |\n    word\u2028y\n    z\n",
-        3,
-        r"`word\u2028y` is not valid YAML: it holds the character U+2028 (line separator)",
-    ),
-    ("a:\n  b: |\n    word\u2028y: z\nc: 1\n", 3, "which ends the line in YAML; write a space or a newline instead"),
-    ("a:\n  b: x\u2029y\nc: 1\n", 2, "U+2029 (paragraph separator)"),
-    ('# word\u0085y\na: "z\n', 1, "U+0085 (next line)"),
+    # Characters that end a line in YAML 1.1 alone.
+    ("a: x\u2028b: y\n", 1, "the character that is shown by its code does not end the line here"),
+    ('# word\u0085y\na: "z\n', 2, 'the quote " in column 4 is not closed'),
     # Signs that look like others.
     ("a:\n  number:\u00a02\n  c: 1\n", 2, "the space in column 10 is U+00A0 (no-break space); write an ordinary one"),
     ("a: {b: \u201c{{ q }}\u201d}\n", 1, "\u201c is no quote in YAML; write straight ones"),
@@ -103,10 +97,14 @@ def test_faults(text: str, line: int, message: str) -> None:
     assert not any(word in said for word in ("expected", "scanning", "parsing", "mapping values"))
 
 
-def test_in_quotes_any_character_stays() -> None:
-    assert parse_document("a: \"word\u2028y\"\nb: 'x\u2029y'\n", "job.yaml").values == {"a": "word\u2028y", "b": "x\u2029y"}
-    with pytest.raises(JobError, match='the quote " in column 4 is not closed'):
-        parse_document('a: "word\u2028y\nb: 1\n', "job.yaml")
+@pytest.mark.parametrize("sign", ["\u0085", "\u2028", "\u2029"])
+def test_characters_that_end_a_line_in_yaml_1_1_alone_are_ordinary_ones(sign: str) -> None:
+    text = f'# one{sign}b: 2\na: x{sign}y  # {sign}\nc: |\n  word{sign}y\n  z\nd: "q{sign}r"\nk{sign}: 1\n'
+    read = parse_document(text, "job.yaml")
+    assert read.values == {"a": f"x{sign}y", "c": f"word{sign}y\nz\n", "d": f"q{sign}r", f"k{sign}": 1}
+    assert read.lines[("d",)] == 6
+    with pytest.raises(JobError, match=rf"job\.yaml:1: `<U\+{ord(sign):04X}>a: 'x<U\+{ord(sign):04X}>y` is not valid"):
+        parse_document(f"{sign}a: 'x{sign}y\n", "job.yaml")
 
 
 def test_a_fault_of_no_known_kind_is_quoted() -> None:

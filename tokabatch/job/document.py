@@ -14,7 +14,7 @@ import yaml
 
 from tokabatch.errors import JobError
 from tokabatch.job.scalars import parse_scalar
-from tokabatch.job.yaml_faults import explain, missing_space, stray_break
+from tokabatch.job.yaml_faults import explain, hide_breaks, missing_space, show_breaks
 from tokabatch.number_text import counted
 
 MAX_CHARACTERS = 1 << 20
@@ -65,8 +65,7 @@ def parse_document(text: str, name: str) -> Document:
     """Parse one YAML document. Raises JobError naming `name` and the line if it cannot be read at all."""
     if len(text) > MAX_CHARACTERS:
         raise JobError(f"{name}: {counted(len(text), 'character')} is no job file; the limit is {MAX_CHARACTERS:,}")
-    if stray := stray_break(text):
-        raise JobError(f"{name}:{stray[0]}: {stray[1]}")
+    text = hide_breaks(text)
     try:
         _refuse_unsafe(text, name)
         node = yaml.compose(text, Loader=_Loader)
@@ -119,7 +118,7 @@ def _construct(node: yaml.Node, path: Path, notes: _Notes) -> Any:
             if not isinstance(key_node, yaml.ScalarNode):
                 notes.problems.append((path, line, "a key must be a single word, not a list or mapping; quote text in {{ … }}"))
                 continue
-            key: str = key_node.value
+            key = show_breaks(key_node.value)
             key_path = (*path, key)
             if key in values:
                 notes.problems.append((key_path, line, f"given twice, first on line {notes.lines[key_path]}; keep one"))
@@ -141,7 +140,7 @@ def _construct(node: yaml.Node, path: Path, notes: _Notes) -> Any:
         notes.problems.append((path, line, f"has no text; indent every line of it further than the line with the {node.style}"))
         return None
     if node.style is not None:
-        return node.value
+        return show_breaks(node.value)
     if not node.value:
         notes.empty.add(path)
-    return parse_scalar(node.value)
+    return parse_scalar(show_breaks(node.value))

@@ -50,8 +50,9 @@ class _Fault:
         return next((each for each in range(row - 1, -1, -1) if not re.fullmatch(r"\s*(#.*)?", self.lines[each])), None)
 
 
-_BREAKS = {"\x85": "next line", "\u2028": "line separator", "\u2029": "paragraph separator"}
-"""Characters that YAML takes for the end of a line, and editors do not; as characters of a text they need double quotes."""
+_BREAKS = {"\x85": "\U0001fffe", "\u2028": "\U0001ffff", "\u2029": "\U0002fffe"}
+"""Characters that end a line in YAML 1.1, which PyYAML reads, and are ordinary ones in YAML 1.2 and in editors; each with a
+code point that no text has, which stands for it while the text is parsed."""
 _CURLY = {"\u201c": '"', "\u201d": '"', "\u201e": '"', "\u2018": "'", "\u2019": "'"}
 """Typographic quotes, and the straight ones that YAML knows."""
 
@@ -86,30 +87,14 @@ def explain(error: yaml.YAMLError, text: str) -> tuple[int | None, str]:
     return row + 1, _message(fault.line, column, f"YAML's parser says: {what}")
 
 
-def stray_break(text: str) -> tuple[int, str] | None:
-    """Return the line of the first character that ends a line for YAML alone, unless it is in quotes, and a message that names
-    it; lines are counted as editors do. None if there is none in the part that can be read."""
-    if not any(sign in text for sign in _BREAKS):
-        return None
-    quoted: list[tuple[int, int]] = []
-    end = len(text)
-    try:
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.ScalarToken) and token.style in ("'", '"'):
-                quoted.append((token.start_mark.index, token.end_mark.index))
-    except yaml.MarkedYAMLError as error:
-        opened = "quoted scalar" in (error.context or "")
-        mark = error.context_mark if opened else error.problem_mark
-        end = end if mark is None else mark.index
-    except yaml.YAMLError:
-        return None
-    for place, sign in enumerate(text[:end]):
-        if sign in _BREAKS and not any(begin <= place < close for begin, close in quoted):
-            begin = text.rfind("\n", 0, place) + 1
-            named = f"the character U+{ord(sign):04X} ({_BREAKS[sign]})"
-            advice = f"it holds {named}, which ends the line in YAML; write a space or a newline instead"
-            return text.count("\n", 0, place) + 1, _message(text[begin:].partition("\n")[0], place - begin, advice)
-    return None
+def hide_breaks(text: str) -> str:
+    """Return the text with stand-ins for the characters that YAML 1.1 alone takes for the end of a line."""
+    return text.translate(str.maketrans(_BREAKS))
+
+
+def show_breaks(text: str) -> str:
+    """Return the text with those characters again."""
+    return text.translate(str.maketrans({stand_in: sign for sign, stand_in in _BREAKS.items()}))
 
 
 def _tokens(text: str) -> Iterator[yaml.Token]:
@@ -121,10 +106,16 @@ def _tokens(text: str) -> Iterator[yaml.Token]:
 
 def _message(line: str, column: int, advice: str) -> str:
     begin = 0 if len(line) <= _SHOWN else max(0, min(column - _SHOWN // 2, len(line) - _SHOWN))
-    shown = line[begin : begin + _SHOWN].strip()
-    shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in shown)
+    shown = _visible(line[begin : begin + _SHOWN].strip(" "))
     cut = ("…" if begin else "", "…" if begin + _SHOWN < len(line) else "")
-    return f"`{cut[0]}{shown}{cut[1]}` is not valid YAML: {advice}"
+    if any(stand_in in line for stand_in in _BREAKS.values()):
+        advice += "; the character that is shown by its code does not end the line here"
+    return f"`{cut[0]}{shown}{cut[1]}` is not valid YAML: {_visible(advice)}"
+
+
+def _visible(text: str) -> str:
+    """The text with the codes of characters that cannot be seen."""
+    return "".join(sign if sign.isprintable() else f"<U+{ord(sign):04X}>" for sign in show_breaks(text))
 
 
 def _width(line: str) -> int:
