@@ -143,7 +143,9 @@ class TestPlan:
         here = replace(REPLICA, measured_at_start=True)
         shown = facts(plan_sections(a_plan(replica=here, least_seconds=None)))
         assert shown["KV cache"].startswith("at most 24 MiB") and "measured when the model is loaded" in shown["workspace"]
-        assert "not known for this device" in shown["time"]
+        assert "not known for this device; --simulate --device predicts it" in shown["time"]
+        assert "--simulate" not in facts(plan_sections(a_plan(least_seconds=None), simulated=True))["time"]
+        assert "--simulate" not in facts(plan_sections(a_plan(), simulated=True))["time"]
         elsewhere = replace(REPLICA, working_bytes=4 << 30, weight_type="fp8, embeddings in bfloat16")
         shown = facts(plan_sections(a_plan(replica=elsewhere)))
         assert "4 GiB assumed for activations" in shown["workspace"] and shown["weights"].endswith(

@@ -85,7 +85,7 @@ def plan(
             report, outlook = planner.plan(loaded, on_rows), None
     sections = import_module("tokabatch.report.plan_report").plan_sections
     simulated = () if outlook is None else import_module("tokabatch.report.outlook").outlook_sections(outlook)
-    print_result((*sections(report), *simulated))
+    print_result((*sections(report, simulated=simulate), *simulated))
     if report.error_rows == report.rows:
         raise typer.Exit(EXIT_ERRORS)
 

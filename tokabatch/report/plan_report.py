@@ -94,8 +94,8 @@ class PlanReport:
         return self.prompt_tokens - self.unique_tokens
 
 
-def plan_sections(report: PlanReport) -> tuple[Section, ...]:
-    """Everything a plan shows."""
+def plan_sections(report: PlanReport, *, simulated: bool = False) -> tuple[Section, ...]:
+    """Everything a plan shows; `simulated`: beside a simulation, which is not proposed then."""
     model, text, ids = report.model, report.first_prompt, report.first_token_ids
     if (rest := len(text) - _SHOWN_CHARACTERS) > 0:
         text = f"{text[:_SHOWN_CHARACTERS]}\n[… and {counted(rest, 'more character')}]"
@@ -114,7 +114,7 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
     )
     return (
         Section("Model", facts),
-        Section("Work", _plan_work(report)),
+        Section("Work", _plan_work(report, simulated)),
         Section("Engine", (("layout", report.layout), *_plan_replica(report.replica))),
         Section("Memory of each replica", _memory(report.replica)),
         Section("Host", _host(report.host)),
@@ -125,7 +125,7 @@ def plan_sections(report: PlanReport) -> tuple[Section, ...]:
     )
 
 
-def _plan_work(report: PlanReport) -> tuple[tuple[str, str], ...]:
+def _plan_work(report: PlanReport, simulated: bool) -> tuple[tuple[str, str], ...]:
     shared = share_text(report.shared_tokens, report.prompt_tokens)
     return (
         ("rows", count_text(report.rows) + (f", {count_text(report.error_rows)} with errors" if report.error_rows else "")),
@@ -136,15 +136,16 @@ def _plan_work(report: PlanReport) -> tuple[tuple[str, str], ...]:
         ("unique tokens", f"{count_text(report.unique_tokens)}, the fewest that have to be computed"),
         ("shared tokens", f"{count_text(report.shared_tokens)}{shared}"),
         ("output tokens", f"at most {count_text(report.max_output_tokens)}"),
-        ("time", _time(report.least_seconds)),
+        ("time", _time(report.least_seconds, simulated)),
     )
 
 
-def _time(least: tuple[float, str] | None) -> str:
+def _time(least: tuple[float, str] | None, simulated: bool) -> str:
     if least is None:
-        return "not known for this device; --simulate --device predicts it for another one"
+        return f"not known for this device{'' if simulated else '; --simulate --device predicts it for another one'}"
     seconds, described = least
-    return f"at least {seconds_text(seconds)} if every sample has max_tokens tokens; --simulate predicts it\n({described})"
+    remedy = "" if simulated else "; --simulate predicts it"
+    return f"at least {seconds_text(seconds)} if every sample has max_tokens tokens{remedy}\n({described})"
 
 
 def _plan_replica(replica: ReplicaFacts) -> tuple[tuple[str, str], ...]:
