@@ -41,6 +41,8 @@ _DEVICE_FILES = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
 """In /dev, wherever there is a GPU: by drivers of NVIDIA's, on its small boards, on Windows (WSL), by AMD's."""
 _CUDA = "libcuda.so.1"
 """What torch's CUDA runtime loads; installed with the driver."""
+_NO_GPU = f"this machine has no driver of a GPU ({_CUDA})"
+_WHERE_GPUS = "A container sees GPUs if started with them (docker: --gpus all, apptainer: --nv); login nodes often have none"
 _MOST_FILES = 64
 """Of an input whose columns are looked at; the footers of many Parquet files take longer than it is worth."""
 
@@ -76,8 +78,8 @@ def refuse_without_gpu(model: ModelConfig, engine: EngineConfig) -> None:
     if (engine.device != "cuda" and fp8_key(model, engine) is None) or not has_no_gpu():
         return
     if engine.device == "cuda":
-        raise JobError(f"engine.device is cuda, but this machine has no driver of a GPU ({_CUDA}); write auto or cpu")
-    raise JobError(f"{fp8_key(model, engine)} {FP8_NEEDS}")
+        raise JobError(f"engine.device is cuda, but {_NO_GPU}; write auto or cpu. {_WHERE_GPUS}")
+    raise JobError(f"{fp8_key(model, engine)} {FP8_NEEDS}: {_NO_GPU}. {_WHERE_GPUS}")
 
 
 def refuse_early(
