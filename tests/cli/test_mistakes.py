@@ -136,12 +136,15 @@ MISTAKES = [
     (("run", Q, "model.path=/no/where"), r": /no/where: no such folder\. model\.path must be"),
     (("run", "escape.yaml"), r"escape\.yaml:4: .* is not valid YAML: within double quotes .* and \\d is none; write \\\\d"),
     (("run", "indent.yaml"), r"not valid YAML: it is indented by 1, as no line above"),
-    (("run", Q, "verify=none"), r"or null, for example `'verify=\{kind: exact\}'`"),
+    (("run", Q, "verify=none"), r"or null, for example `'verify=\{kind: exact, answer: answer\}'`"),
     (
         ("run", "flat.yaml"),
         r"for example `model: \{path: qs\}`.*`prompt: \{template: \"\{\{ q \}\}\"\}`.*4: sampling: .*`generation`",
     ),
-    (("run", "flat.yaml"), r"`output: \{path: o\}`.*got the text hot; .*`generation: \{n: 4\}`.*`verify: \{kind: gsm8k\}`"),
+    (
+        ("run", "flat.yaml"),
+        r"`output: \{path: o\}`.*got the text hot; .*`generation: \{n: 4\}`.*`verify: \{kind: gsm8k, answer: answer\}`",
+    ),
     (("run", "place.yaml"), r"output\.dir: .* `path`\?.*generation\.verify: unknown key; did you mean `verify`\?"),
     (("run", "place.yaml"), r"input\.template: unknown key; did you mean `prompt\.template`\?"),
     (("run", "place.yaml"), r"messages: got a list; accepts a column's name, or null \(messages .* prompt\.system and prompt"),

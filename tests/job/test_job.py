@@ -639,3 +639,30 @@ def test_control_characters_that_are_meant_are_accepted() -> None:
         assert list(job.generation.stop) == stops
     with pytest.raises(JobError, match="x0c"):
         Job.load({**sections, "prompt": {"template": "a\fb"}})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("verify=gsm8k", "verify=exact", "verify=none", "verify=code", "verify=regex", "verify=./judge.py", "verify=3"),
+        *("model=a/b", "model=[a/b]", "input=rows.jsonl", "input=[a, b]", "output=o", "generation=4", "generation=hot"),
+        *("engine=cpu", "engine=4", "prompt=question", "errors=0", "errors=stop", "trace=t.json", "trace=5"),
+        *("verify={kind: code, allow_code_execution: true, stop: 1}", "prompt.few_shot=5", "prompt.few_shot=examples.jsonl"),
+    ],
+)
+def test_the_example_for_a_section_given_as_a_value_is_a_whole_section(given: str) -> None:
+    job = {"model": {"path": "m"}, "input": {"path": "x.jsonl"}, "output": {"path": "o"}}
+    with pytest.raises(JobError) as refused:
+        Job.load(job, given)
+    (written,) = re.findall(r"for example `(.*)`", str(refused.value))
+    (override,) = shlex.split(written)
+    if override.startswith("verify.stop="):
+        override, given = "verify={kind: code, allow_code_execution: true}", override
+        Job.load(job, override, given)
+    else:
+        Job.load(job, override)
+
+
+def test_a_word_in_place_of_a_prompt_is_taken_for_a_column() -> None:
+    with pytest.raises(JobError, match=r'`prompt: \{template: "\{\{ question \}\}"\}`'):
+        Job.load({"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}, "prompt": "question"})

@@ -7,7 +7,7 @@ Independent of the job's own sections.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -22,6 +22,15 @@ class Section(BaseModel):
     """Frozen; refuses unknown keys and values of another type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), validate_default=False)
+
+    @classmethod
+    def example(cls, first: str | None = None) -> dict[str, str]:
+        """Return keys that make a whole section, with values as they are written in YAML; `first` is the value of the first
+        key, if one is given."""
+        fields = cls.model_fields
+        shown = [name for name in fields if fields[name].is_required()] or list(fields)[:1]
+        values = {name: accepts_of(fields[name]).example for name in shown}
+        return values if first is None else {**values, shown[0]: first}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,11 @@ def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
         yield Key(prefix + name, accepts.what, default, info.description or "", accepts.example)
 
 
+def in_braces(values: Mapping[str, str]) -> str:
+    """Write a section on one line; its values are written already."""
+    return f"{{{', '.join(f'{name}: {value}' for name, value in values.items())}}}"
+
+
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """Return the model that a field holds, optional or not; None for a leaf."""
     candidates = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
@@ -101,11 +115,9 @@ def accepts_of(info: FieldInfo) -> Accepts:
             return Accepts(entry.what, info.examples[0]) if info.examples else entry
     section = section_of(info.annotation)
     if section is not None:
-        fields = section.model_fields
-        shown = [name for name in fields if fields[name].is_required()] or list(fields)[:1]
-        example = ", ".join(f"{name}: {accepts_of(fields[name]).example}" for name in shown)
+        assert issubclass(section, Section)
         null = "" if info.is_required() or info.default is not None else ", or null"
-        return Accepts(f"a mapping of the keys {', '.join(fields)}{null}", f"{{{example}}}")
+        return Accepts(f"a mapping of the keys {', '.join(section.model_fields)}{null}", in_braces(section.example()))
     assert get_origin(info.annotation) is Literal, info
     choices = [write_value(choice) for choice in get_args(info.annotation)]
     other = next(each for each in choices if each != write_value(info.default))

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tokabatch.job.document import Path
-from tokabatch.job.keys import accepts_of, field_at, list_keys, section_of
+from tokabatch.job.keys import Section, accepts_of, field_at, in_braces, list_keys, section_of
 from tokabatch.job.names_elsewhere import our_name, our_value, why_none
 from tokabatch.job.scalars import write_value
 
@@ -138,28 +138,36 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
         return Refusal(path, f"got {_describe(given)}; write {ours}")
     wants_text = details["type"] == "string_type" and isinstance(given, bool | int | float)
     quotes = " (text that looks like a number or true/false needs quotes)" if wants_text else ""
-    example = _as_section(section_of(info.annotation), given) or accepts.example
-    return Refusal(path, f"got {_describe(given)}; accepts {accepts.what}{quotes}", example=example)
+    example, needs = _as_section(section_of(info.annotation), given) or (accepts.example, "")
+    return Refusal(path, f"got {_describe(given)}; accepts {accepts.what}{quotes}{needs}", example=example)
 
 
 _NOT_TEXT = frozenset({"true", "false", "yes", "no", "on", "off", "null", ".inf", ".nan"})
 """Words that YAML does not read as text."""
 
 
-def _as_section(section: type[BaseModel] | None, given: Any) -> str | None:
-    """A text given in place of a section, as the section's required key or its first one; None if that does not take it."""
-    if section is None or not isinstance(given, str):
+def _as_section(section: type[BaseModel] | None, given: Any) -> tuple[str, str] | None:
+    """A value given in place of a section, as the section with its required key or its first one, and what must stand beside
+    that; None if that key does not take it."""
+    if isinstance(given, list) and len(cast("list[Any]", given)) == 1:
+        given = given[0]
+    if section is None or not isinstance(given, str | int | float):
         return None
+    assert issubclass(section, Section)
     fields = section.model_fields
-    name = next((each for each in fields if fields[each].is_required()), next(iter(fields)))
+    name = next(iter(section.example()))
+    if isinstance(given, str) and given.isidentifier() and "{{" in accepts_of(fields[name]).example:
+        given = f"{{{{ {given} }}}}"
+    needs = ""
     try:
         section.model_validate({name: given})
     except ValidationError as error:
-        if any(details["loc"] == (name,) for details in error.errors()):
+        faults = error.errors()
+        if any(details["loc"] == (name,) for details in faults):
             return None
-    is_plain = re.fullmatch(r"[A-Za-z.][\w./-]*", given) and given.lower() not in _NOT_TEXT
-    text = given if is_plain else json.dumps(given, ensure_ascii=False)
-    return f"{{{name}: {text}}}"
+        needs = "".join(f"; {details['ctx']['error']}" for details in faults if details["type"] == "value_error")  # pyright: ignore
+    is_text = isinstance(given, str) and (not re.fullmatch(r"[A-Za-z.][\w./-]*", given) or given.lower() in _NOT_TEXT)
+    return in_braces(section.example(json.dumps(given, ensure_ascii=False) if is_text else write_value(given))), needs
 
 
 def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path, given: Mapping[str, Any]) -> Refusal:

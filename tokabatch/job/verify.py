@@ -20,6 +20,8 @@ _VERIFIERS = Path(__file__).parent.parent / "scoring" / "verifiers"
 _PYTHON = ".py"
 _OWN_JUDGE = re.compile(r".+\.py(:[A-Za-z_]\w*)?|[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.DOTALL)
 _WITHOUT_ANSWER = ("code", "regex")
+_BESIDE = {"code": {"allow_code_execution": "true"}, "regex": {"options": '{pattern: "answer is ([0-9]+)"}'}}
+"""Which other keys an example of a kind needs, if not `answer` alone."""
 
 
 class StopConfig(Section):
@@ -65,6 +67,11 @@ class VerifyConfig(Section):
         default=False,
         description="Required by kind `code`, which runs the model's output with limits on time and memory, but as your user.",
     )
+
+    @classmethod
+    def example(cls, first: str | None = None) -> dict[str, str]:
+        kind = first or "exact"
+        return {"kind": kind, **_BESIDE.get(kind, {} if kind not in verifier_names() else {"answer": "answer"})}
 
     @field_validator("kind")
     @classmethod
