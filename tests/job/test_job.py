@@ -249,6 +249,13 @@ class TestRefusedFiles:
                 r"to keep the backslash, write \\v (or, in YAML, use single quotes or a block `|`",
             ),
             ('prompt: {template: "\\x7 \\x01"}', "is not valid YAML"),
+            ('generation: {stop: [a, "\\boxed"]}', r"generation.stop[1]: the \b of `\boxed` became a backspace character"),
+            (
+                'verify: {kind: regex, answer: a, options: {pattern: "\\b[A-D]\\b"}}',
+                r"verify.options.pattern: the \b of `\b[A-D]…` became a backspace",
+            ),
+            ("generation: {n:\u00a04}", "unknown key; write a space behind the colon: `n: 4`"),
+            ("generation:\n\u00a0n: 4", "unknown key; the space beside it is U+00A0; write ordinary ones"),
             ("generation:\n  stop:\n    - a\n    - 3", "7: generation.stop[1]: got the number 3"),
             ("generation: {stop_token_ids: [-1]}", "stop_token_ids[0]: got the number -1; accepts a token id"),
             ("generation: {ignore_eos: yes}", "got the text yes; accepts true or false"),
@@ -632,7 +639,7 @@ def test_other_arguments_are_errors_of_the_program(word: str) -> None:
 
 def test_control_characters_that_are_meant_are_accepted() -> None:
     sections = {"model": {"path": "m"}, "input": {"path": "i.jsonl"}, "output": {"path": "o"}}
-    stops = ["\x1e", "\x1b[0m", "\alpha"]
+    stops = ["\x1e", "\x1b[0m", "\x1bM"]
     for template in ("a\f\nb \x01c", 'a{{ "\\x0c" }}b'):
         job = Job.load({**sections, "prompt": {"template": template}, "generation": {"stop": stops}})
         assert job.prompt.template == template

@@ -72,6 +72,9 @@ FAULTS = [
     ("a: x\u2028b: y\n", 1, "the character that is shown by its code does not end the line here"),
     ('# word\u0085y\na: "z\n', 2, 'the quote " in column 4 is not closed'),
     # Signs that look like others.
+    ('a:\n  b: "Mot :\u00a0x"\n  c: Q: {{ q }}\n', 3, "a colon and a space needs quotes"),
+    ("a:\n  b: |\n    Mot :\u00a0\nc: d: 4\n", 4, "a colon and a space needs quotes"),
+    ("a: x # Mot :\u00a0x\nc: d: 4\n", 2, "a colon and a space needs quotes"),
     ("a:\n  number:\u00a02\n  c: 1\n", 2, "the space in column 10 is U+00A0 (no-break space); write an ordinary one"),
     ("a: {b: \u201c{{ q }}\u201d}\n", 1, "\u201c is no quote in YAML; write straight ones"),
     # Whole files.

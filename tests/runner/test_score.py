@@ -325,6 +325,19 @@ def test_where_verdicts_stopped_rows_none_is_judged_again(rows: Path, tmp_path: 
     assert read_status(out).without_verdict == summary.unverified
 
 
+def test_where_verdicts_stopped_rows_and_none_is_there_the_run_starts_over(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, judge = tmp_path / "out", tmp_path / "bad.py"
+    judge.write_text("def verify(text, row): return row['anser']\n")
+    summary = scripted_run(rows, out, verify={"kind": str(judge), "stop": {"after_correct": 1}}, generation={"n": 4})
+    monkeypatch.setattr(sys, "argv", ["tokabatch", "score", str(out)])
+    with pytest.raises(SystemExit):
+        main()
+    for said in (str(summary), capsys.readouterr().out):
+        assert "then start over (--overwrite)" in " ".join(said.split()), said
+
+
 def test_it_stops_on_request(rows: Path, tmp_path: Path) -> None:
     scripted_run(rows, tmp_path / "out", verify=OLD)
     slow = tmp_path / "slow.py"
@@ -469,6 +482,15 @@ def test_a_sample_whose_text_was_not_written_keeps_its_reason(rows: Path, judge:
     before = {file: file.stat().st_mtime_ns for file in (*(out / "data").iterdir(), out / "_SUCCESS")}
     assert score(out).files == 0
     assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_error_rows_are_no_samples_without_a_verdict(rows: Path, judge: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    scripted_run(rows, out, verify={"kind": str(judge)})
+    lost = {"status": "error", "error_code": CANNOT_BE_WRITTEN, "error_message": "not every column", "text": None}
+    rewrite(out, lambda row: {**row, **lost} if row["row_index"] < 9 else row)
+    scored = score_to(out, tmp_path / "verdicts.parquet")
+    assert 0 < scored.judged < scored.reasons[scoring.NO_TEXT] and not scored.silent
 
 
 def test_the_page_says_what_counts_as_right_where_scores_lie_between(rows: Path, tmp_path: Path) -> None:

@@ -122,17 +122,19 @@ class Command(TyperCommand):
 
     def _refuse_dashes(self, ctx: Any, args: list[str]) -> None:
         """Raise UsageError for a key of the job that is written as an option: `--generation.n=4`, `--temperature 0`, `-n 4`."""
-        options = {name for each in self.get_params(ctx) for name in (*each.opts, *each.secondary_opts)}
+        params = self.get_params(ctx)
+        options = {name for each in params for name in (*each.opts, *each.secondary_opts)}
+        arguments = {each.name for each in params if each.param_type_name == "argument"} - {"job"}
         for word, following in zip(args, (*args[1:], "-"), strict=False):
             written = _OPTION.fullmatch(word)
             # An option that is begun, such as --gpus for --gpus-per-task, is suggested by the parser.
             if written is None or any(name.startswith(f"{written[1]}{written[2]}") for name in options):
                 continue
             if any(
-                needs.startswith("-") and needs in options and f"{written[1]}{written[2]}" in names
+                (needs in arguments or (needs.startswith("-") and needs in options)) and f"{written[1]}{written[2]}" in names
                 for names, needs, _ in _OPTIONS_ELSEWHERE
             ):
-                # What others call an option of this command: the parser's refusal names it.
+                # What others call an option or argument of this command: the parser's refusal names it.
                 continue
             keys = [each.name for each in import_module("tokabatch.job").Job.describe_keys()]
             word_of = written[2].replace("-", "_")

@@ -169,7 +169,8 @@ def score(
     if to is None:
         print_note(import_module("tokabatch.report.summary").verdict_sections(scored.estimates, scored.done, scored.samples))
     if scored.silent:
-        print_note("NO SAMPLE HAS A VERDICT: correct the judge or the references, then give the same command again")
+        advice = import_module("tokabatch.report.summary").no_verdict_text
+        print_note(advice(scored.stops_rows, "give the same command again"))
         raise typer.Exit(EXIT_ERRORS)
 
 

@@ -1,16 +1,16 @@
-"""Control characters in the prompts of a job that were meant as commands of LaTeX, as in "\\boxed" or "\\frac".
+"""Control characters in the texts of a job that were meant as commands of LaTeX or of a pattern: "\\boxed", "\\frac", "\\b".
 
-In double quotes of YAML, JSON and Python, some letters behind a backslash mean such a character. Directly in front of a
-letter it is taken for a mistake; elsewhere, and in texts such as stop texts, it may be meant.
+In double quotes of YAML, JSON and Python, some letters behind a backslash mean such a character. In a judge's options it is
+always taken for a mistake, elsewhere directly in front of a letter.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from tokabatch.job.refusals import Refusal
+from tokabatch.job.refusals import Path, Refusal
 
 _ESCAPES = {
     "\a": ("\\a", "a bell character"),
@@ -20,32 +20,39 @@ _ESCAPES = {
     "\x1b": ("\\e", "an escape character"),
 }
 """How each is written in double quotes, and its name."""
-_MISTAKE = re.compile(r"([\a\b\v\f\x1b])(?=[A-Za-z])")
-_PROMPTS = (
-    ("prompt", "template"),
-    ("prompt", "system"),
-    ("prompt", "chat_template"),
-    ("prompt", "few_shot", "template"),
-)
+_ANY = re.compile(r"[\a\b\v\f\x1b]")
+_COMMAND = re.compile(r"[\a\b\v\f\x1b](?=[A-Za-z])")
+_COMMAND_IN_STOP = re.compile(r"[\a\b\v\f](?=[A-Za-z])")
+"""In stop texts, an escape character and a letter may be a sequence for terminals."""
 _SHOWN = 12
 
 
 def control_characters(values: Mapping[str, Any]) -> Iterator[Refusal]:
-    """Iterate over one refusal for each text of a prompt that holds such a character in front of a letter."""
-    for path in _PROMPTS:
-        value: Any = values
-        for part in path:
-            value = cast("Mapping[str, Any]", value).get(part) if isinstance(value, Mapping) else None
-        if isinstance(value, str) and (found := _MISTAKE.search(value)):
-            yield Refusal(path, _describe(found[0], value[found.end() :]))
+    """Iterate over one refusal for each text that holds such a character."""
+    for path, text in _texts(values):
+        pattern = _ANY if path[:2] == ("verify", "options") else _COMMAND_IN_STOP if "stop" in path else _COMMAND
+        if found := pattern.search(text):
+            yield Refusal(path, _describe(found[0], text[found.end() :], in_template="prompt" in path))
 
 
-def _describe(sign: str, behind: str) -> str:
+def _texts(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in cast("Mapping[Any, Any]", value).items():
+            yield from _texts(item, (*path, key))
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(cast("Sequence[Any]", value)):
+            yield from _texts(item, (*path, place))
+
+
+def _describe(sign: str, behind: str, in_template: bool) -> str:
     written, name = _ESCAPES[sign]
     shown = re.match(r"[^\x00-\x1f]*", behind[:_SHOWN])
     start = shown[0] if shown else ""
+    meant = f'; if the character is meant, write {{{{ "\\x{ord(sign):02x}" }}}} in single quotes or below a block `|`'
     return (
         f"the {written} of `{written}{start}{'…' if len(behind) > len(start) else ''}` became {name} (U+{ord(sign):04X}), "
         f"as in double quotes; to keep the backslash, write \\{written} (or, in YAML, use single quotes or a block `|`; in "
-        f'Python, r"…"); if the character is meant, write it there, likewise, as {{{{ "\\x{ord(sign):02x}" }}}}'
+        f'Python, r"…"){meant if in_template else ""}'
     )

@@ -105,7 +105,8 @@ def _python_nones(model: type[BaseModel], values: Mapping[str, Any], path: Path 
         if isinstance(value, Mapping):
             yield from _python_nones(model, cast("Mapping[str, Any]", value), (*path, key))
         elif value == "None" and info is not None and info.default in (None, ()):
-            yield Refusal((*path, key), "None is a text in YAML; leave the key out instead")
+            written = "null" if info.default is None else "[]"
+            yield Refusal((*path, key), f"None is a text in YAML; write {written}")
 
 
 def _copied(value: Any) -> Any:

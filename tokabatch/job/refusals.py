@@ -176,8 +176,12 @@ def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path, giv
     prefix = dotted(path[:-1])
     if word.isdecimal():
         return Refusal(path, "unknown key; a comma ends a value between { and }: write a number without one, as 1000 or 0.7")
+    if word != word.strip():
+        sign = word[0] if word[0].isspace() else word[-1]
+        return Refusal(path, f"unknown key; the space beside it is U+{ord(sign):04X}; write ordinary ones")
     if ":" in word:
-        return Refusal(path, f"unknown key; write a space behind the colon: `{word.replace(':', ': ', 1)}`")
+        name, _, value = word.partition(":")
+        return Refusal(path, f"unknown key; write a space behind the colon: `{name}: {value.strip()}`")
     written = re.fullmatch(r"(\w+)(?: +| *(?=\{))(.+)", word)
     if written and (written[2].startswith("{") or written[1] in owner.model_fields):
         value = f"{written[2]}: …}}" if written[2].startswith("{") else written[2]

@@ -45,6 +45,14 @@ class _Fault:
         real = [each for each in before if not isinstance(each, yaml.BlockEndToken | yaml.KeyToken)]
         return real[-1] if real else None
 
+    def is_text(self, row: int, column: int) -> bool:
+        """Return whether a character belongs to a text in quotes or written with `|` or `>`, or to a comment."""
+        for each in self.tokens:
+            begin, end = ((mark.line, mark.column) for mark in (each.start_mark, each.end_mark))
+            if isinstance(each, yaml.ScalarToken) and each.style and begin <= (row, column) < end:
+                return True
+        return re.search(r"(^|\s)#", self.lines[row][:column]) is not None
+
     def above(self, row: int) -> int | None:
         """The next line above `row` that holds more than a comment."""
         return next((each for each in range(row - 1, -1, -1) if not re.fullmatch(r"\s*(#.*)?", self.lines[each])), None)
@@ -140,11 +148,13 @@ def _tab(fault: _Fault) -> tuple[int, str] | None:
 
 def _wide_space(fault: _Fault) -> tuple[int, str] | None:
     """A space that YAML takes for a letter, where it looks like one that separates or indents."""
-    rows = sorted({fault.start[0], fault.row, fault.row if (above := fault.above(fault.row)) is None else above})
-    for row in rows:
-        found = re.search(r"^\s*([^\S ])|:([^\S ])", fault.lines[row].replace("\t", " "))
+    here = {fault.start[0], fault.row}
+    for row in sorted(here | ({above} if (above := fault.above(fault.row)) is not None else set())):
+        # A line above the fault is blamed only if the space stands behind its key or in front of it.
+        pattern = r"^\s*([^\S ])|:([^\S ])" if row in here else r"^\s*([^\S ])|^\s*(?:- +)?[\w.-]+:([^\S ])"
+        found = re.search(pattern, fault.lines[row].replace("\t", " "))
         sign = found and (found[1] or found[2])
-        if found and sign:
+        if found and sign and not fault.is_text(row, found.end() - 1):
             named = f"U+{ord(sign):04X} ({unicodedata.name(sign, 'a space').lower()})"
             return row, f"the space in column {found.end()} is {named}; write an ordinary one"
     return None

@@ -177,10 +177,7 @@ class Claim:
                 "committed is intact."
             )
         if self._lock is None or not self._lock.is_in_place():
-            if not is_there(self.files, self.folder.path):
-                raise CommitError(
-                    f"output.path {str(self.folder.path)!r} was removed or moved while this run was writing there."
-                )
+            self._refuse_moved()
             raise CommitError(
                 f"output.path {str(self.folder.path)!r}: its lock (_lock) was removed while this run was writing, so "
                 "another run may be writing there. This run stops; what is committed is intact. Stop the other one, then run "
@@ -336,9 +333,9 @@ class Claim:
         if moved:
             self._told_moved = True
             raise CommitError(
-                f"output.path {str(self.folder.path)!r}: {moved} was moved or replaced while this run wrote. The run stops; "
-                "what is finished is committed where the folder is now. Move it back, or name its new place as output.path, "
-                "and run the same command again."
+                f"output.path {str(self.folder.path)!r}: {moved} was moved, replaced or removed while this run wrote. The "
+                "run stops; what is finished is committed where the folder is now. Move it back, or name its new place as "
+                "output.path, and run the same command again."
             ) from cause
 
     def _moved(self) -> Path | None:

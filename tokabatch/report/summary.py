@@ -195,6 +195,17 @@ def _html(cell: str) -> str:
     return escape(cell).replace("\n", "<br>")
 
 
+def no_verdict_text(stops_rows: bool, judge_again: str) -> str:
+    """What is said where no sample has a verdict; `judge_again` judges the samples that are there."""
+    if stops_rows:
+        # Other verdicts would have stopped other rows.
+        return "NO SAMPLE HAS A VERDICT: correct the judge or the references, then start over (--overwrite)"
+    return (
+        f"NO SAMPLE HAS A VERDICT: correct the judge, or name another column (verify.answer=COLUMN), then {judge_again}; "
+        "references that are wrong in the input need a new run (--overwrite)"
+    )
+
+
 def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, ...]:
     """The final summary of a run; `verbose` adds the figures of the scheduler and the engine."""
     result = _EXIT_WORDS.get(summary.exit_code, f"exit code {summary.exit_code}")
@@ -207,8 +218,7 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
     if summary.exit_code == 0 and summary.pending:
         result = "this process has nothing left to compute; other processes of the run (--shared) compute the pending samples"
     elif summary.no_verdict:
-        remedy = "start over (--overwrite)" if summary.stops_rows else "run `tokabatch score`"
-        result = f"complete, but NO SAMPLE HAS A VERDICT: correct the judge or the references, then {remedy}"
+        result = f"complete, but {no_verdict_text(summary.stops_rows, 'run `tokabatch score`')}"
     counts = [
         ("result", result),
         ("rows", count_text(summary.rows)),

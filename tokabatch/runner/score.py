@@ -52,7 +52,14 @@ from tokabatch.output.schema import (
     verdict_fields,
     verdict_names,
 )
-from tokabatch.output.shards import PARQUET_OPTIONS, claimed_shards, count_ok, open_shard, read_groups
+from tokabatch.output.shards import (
+    PARQUET_OPTIONS,
+    claimed_shards,
+    count_ok,
+    count_without_verdict,
+    open_shard,
+    read_groups,
+)
 from tokabatch.output.status import read_status
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN
 from tokabatch.report.run_estimates import read_estimates, read_estimator
@@ -87,6 +94,8 @@ class Scored:
     """Samples judged right; counted for a file of verdicts alone."""
     silent: bool = False
     """Whether there are samples, and the judge could judge none of them."""
+    stops_rows: bool = False
+    """Whether verdicts stopped rows, so that the folder's cannot be replaced."""
 
 
 def score(
@@ -184,7 +193,7 @@ def score_to(
     reasons = Counter[str](verdicts["verify_error"].drop_null().to_pylist() if verdicts.num_columns > 4 else ())
     right = int(np.count_nonzero(verdicts["correct"].fill_null(False))) if verdicts.num_columns > 4 else 0
     judged = count_ok(verdicts)
-    silent = 0 < judged <= reasons.total()
+    silent = 0 < judged <= count_without_verdict(verdicts)
     return Scored(judged, 1, reasons, verdicts.num_rows, manifest.samples, right=right, silent=silent)
 
 
@@ -230,7 +239,8 @@ def _rejudge(
 ) -> Scored:
     begin_record(claim, manifest, found.marked)
     done = sum(shard.rows for shard, _ in found.good)
-    scored = Scored(0, len(left), Counter(), done, manifest.samples)
+    stops_rows = job.verify is not None and job.verify.stop is not None
+    scored = Scored(0, len(left), Counter(), done, manifest.samples, stops_rows=stops_rows)
     known = read_manifest(claim.folder)
     summary = read_summary(claim.folder)
     if left or known is None or known.marks != manifest.marks:
@@ -358,13 +368,15 @@ def _is_judged(file: ListedFile, manifest: Manifest) -> bool:
 
 def num_lacking(file: ListedFile, which: Which) -> int:
     """Return the number of a shard's samples that `judge_again` judges: all those without a verdict ("missing"), or those that
-    a stopped run left unjudged. Texts are read only if there may be any."""
+    a stopped run left unjudged. Texts are read only where one may be missing: of a sample that could not be written."""
     with open_shard(file) as parquet:
         if "verify_error" not in verdict_names(parquet.schema_arrow):
             return 0
-        table: pa.Table = parquet.read(["verify_error"])
-    if not any(_is_of(which, reason) for reason in table["verify_error"].to_pylist()):
-        return 0
+        table: pa.Table = parquet.read(["status", "error_code", "verify_error"])
+    status, code, reasons = (table[name].to_pylist() for name in ("status", "error_code", "verify_error"))
+    wanted = [_is_of(which, reason) for reason in reasons]
+    if not any(wanted) or CANNOT_BE_WRITTEN not in code:
+        return sum(wants and state == "ok" for wants, state in zip(wanted, status, strict=True))
     columns = ("status", "error_code", "text", "answer_text", "verify_error")
     return sum(sum(_chosen(each, which)[0]) for each in read_groups(file, columns))
 

@@ -75,8 +75,8 @@ def check_columns(job: Job, prompt: PromptColumns, present: Collection[str]) -> 
     prompt.check(present)
     named = {"input.id_column": job.input.id_column, "verify.answer": job.verify.answer if job.verify else None}
     wanted = [(key, name) for key, name in named.items() if name]
-    if job.mode == "score" and "continuations" in job.prompt.model_fields_set:
-        # A column that the job names itself; of the default one, an input of whole texts has none.
+    if job.mode == "score" and job.prompt.continuations != PromptConfig.model_fields["continuations"].default:
+        # An input of whole texts has no column of the default name.
         wanted.append(("prompt.continuations", job.prompt.continuations))
     wanted += [("output.columns", name) for name in (() if job.output.columns == "all" else job.output.columns)]
     for key, name in wanted:
