@@ -385,6 +385,7 @@ MISTAKES = [
     ),
     (("download", "./x"), r"no such folder \(looked in /.*\)\. MODEL must be a model's folder or a hub id"),
     (("check", "nothing"), "no run has written here; give the folder named as output.path"),
+    (("plan", Q, "output.path=r.jsonl"), r"name a folder, such as r\. `tokabatch export r --to r\.jsonl` then writes one file"),
     (("keys", "server.prt"), r"did you mean `server\.port`\?"),
 ]
 
