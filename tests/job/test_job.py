@@ -119,10 +119,6 @@ class TestAccepted:
         assert Job.load(path, "verify=null").verify is None
         assert Job.load(path, "verify={kind: exact, answer: a}").verify is not None
 
-    def test_frozen(self) -> None:
-        with pytest.raises(ValueError, match="frozen"):
-            Job.load(MINIMAL).generation.n = 2  # type: ignore[misc]
-
     def test_path_objects_and_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", "/home/somebody")
         job = Job.load({**MINIMAL, "model": {"path": Path("a/b")}, "output": {"path": "~/out"}})
@@ -673,3 +669,12 @@ def test_the_example_for_a_section_given_as_a_value_is_a_whole_section(given: st
 def test_a_word_in_place_of_a_prompt_is_taken_for_a_column() -> None:
     with pytest.raises(JobError, match=r'`prompt: \{template: "\{\{ question \}\}"\}`'):
         Job.load({"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}, "prompt": "question"})
+
+
+def test_programs_that_construct_or_change_a_job_are_told_what_to_write() -> None:
+    job = Job.load({"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}})
+    with pytest.raises(JobError, match=r"load a changed one, for example Job\.load\(job\.given\(\), 'generation\.n=3'\)"):
+        job.generation.n = 3
+    assert Job.load(job.given(), "generation.n=3").generation.n == 3
+    with pytest.raises(JobError, match=r"write Job\.load\(\.\.\.\)"):
+        Job({"model": {"path": "m"}})  # pyright: ignore[reportCallIssue]

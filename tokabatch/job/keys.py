@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
+from tokabatch.errors import JobError
 from tokabatch.job.fields import Accepts
 from tokabatch.job.scalars import write_value
 
@@ -22,6 +23,12 @@ class Section(BaseModel):
     """Frozen; refuses unknown keys and values of another type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), validate_default=False)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise JobError(
+            f"a job cannot be changed, and {name} is part of one; load a changed one, for example "
+            "Job.load(job.given(), 'generation.n=3')"
+        )
 
     @classmethod
     def example(cls, first: str | None = None) -> dict[str, str]:

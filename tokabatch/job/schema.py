@@ -247,6 +247,11 @@ class Job(Section):
     trace: TraceConfig | None = None
     errors: ErrorsConfig = ErrorsConfig()
 
+    def __new__(cls, *sources: object, **values: object) -> Job:
+        if sources:
+            raise JobError("a job is loaded from its file or mapping: write Job.load(...) in place of Job(...)")
+        return super().__new__(cls)
+
     @field_validator("generation", "verify")
     @classmethod
     def _of_mode(cls, value: Any, info: ValidationInfo) -> Any:
