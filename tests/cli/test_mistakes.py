@@ -124,7 +124,7 @@ MISTAKES = [
     (("batch", "--input", "rows.jsonl", "--model", "m"), "no option --input; the file to read is named without an option"),
     (("batch", "rows.jsonl", "--model", "m", "--output", "o"), "no option --output; the file to write is named by --to"),
     (("run", Q, "generation.stop_token_ids=[x]"), r"for example `'generation\.stop_token_ids=\[\d+\]'`"),
-    (("run", Q, "generation.stop=None"), "None is a text in YAML; write []"),
+    (("run", Q, "generation.stop=None"), r"None is a text in YAML; write \[\]"),
     (("run", Q, "prompt.system=None"), "None is a text in YAML; write null"),
     (("run", Q, "--output", "out/a b"), r"without dashes: 'output\.path=out/a b'\n"),
     (("serve", "jobs/quickstart", "--port", "80"), r"without dashes: server\.port=80\n"),

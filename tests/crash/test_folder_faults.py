@@ -137,7 +137,7 @@ def cases() -> list[Case]:
     of(ended, SHARD, "add_notes", 2, 4, "no run wrote (data/notes.txt)", "undo")
     of("running", SHARD, "add_copy add_of_another_job add_foreign add_folder", 2, 4, "part-00077.parquet was put there", "undo")
     of(ended, "data", "remove move", 4, 4, "part-00000.parquet is missing", "repair")
-    of("running", "data", "move", 75, 75, "data was moved or replaced", "undo")
+    of("running", "data", "move", 75, 75, "data was moved, replaced or removed", "undo")
     of(ended, "data", "forbid", 2, 2, "data cannot be read: Permission denied", "undo")
     of(ended, "manifest.json", "flip truncate empty", 4, 4, "manifest.json is damaged", "undo")
     of(ended, "manifest.json", "replace", 2, 4, "holds the run of another job", "undo")
@@ -175,7 +175,7 @@ def cases() -> list[Case]:
     of(ended, "_lock", "remove replace", 0, 0, "", "again")
     of("running", "_lock", "remove replace", 75, 75, "its lock (_lock) was removed", "again")
     of(ended, "_lock", "forbid", 2, 2, "Permission denied", "undo")
-    of("running", "", "move", 75, 75, "was moved or replaced", "undo")
+    of("running", "", "move", 75, 75, "was moved, replaced or removed", "undo")
     return found
 
 
@@ -347,7 +347,7 @@ def test_a_second_run_in_the_place_of_a_moved_folder_is_left_alone(
     os.kill(pid, signal.SIGCONT)
     assert second.wait().code == 0
     ended = first.wait()
-    assert ended.code == 75 and "was moved or replaced" in ended.message
+    assert ended.code == 75 and "was moved, replaced or removed" in ended.message
     scene.checker.check_complete(out, undisturbed(scene))
     assert scene.checker.check(away) > 0
     assert second.run(folders.job(away)).code == 0

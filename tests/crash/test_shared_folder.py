@@ -367,4 +367,4 @@ def test_the_folder_of_shards_that_is_taken_away_in_mid_run_is_named(
     harm(out / "data")
     os.killpg(task, signal.SIGCONT)
     ended = server.wait()
-    assert ended.code == 75 and f"{out / 'data'} was moved or replaced" in ended.message, ended
+    assert ended.code == 75 and f"{out / 'data'} was moved, replaced or removed" in ended.message, ended

@@ -149,7 +149,7 @@ def test_a_link_that_leads_elsewhere_in_mid_run_moves_no_results(tmp_path: Path)
         shutil.copytree(first, second)
         out.unlink()
         out.symlink_to(second)
-        with pytest.raises(CommitError, match="was moved or replaced"):
+        with pytest.raises(CommitError, match="was moved, replaced or removed"):
             write_rows(writer, pa.table([[1], ["ok"]], schema=SCHEMA))
     assert [len(list((folder / "data").iterdir())) for folder in (first, second)] == [2, 1]
     assert not (first / "_tmp").exists() and (second / "_tmp").exists(), "the copy was touched"

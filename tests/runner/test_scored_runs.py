@@ -139,7 +139,8 @@ def test_a_start_takes_over_what_was_tokenised(model: Path, tmp_path: Path) -> N
 
 
 def test_a_plan_counts_and_says_that_whole_texts_are_scored(model: Path, tmp_path: Path) -> None:
-    report = plan(job(model, tmp_path, [{"prompt": "A text of its own"}, {"prompt": "and another"}]))
+    whole = job(model, tmp_path, [{"prompt": "A text of its own"}, {"prompt": "and another"}])
+    report = plan(Job.load(whole.to_dict()))
     assert report.samples == 2 and report.max_output_tokens == 26
     assert any("no column 'continuations' (prompt.continuations): each row's whole text" in note for note in report.notes)
 
