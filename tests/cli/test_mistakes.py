@@ -161,6 +161,7 @@ MISTAKES = [
     ),
     (("run", Q, "model.path=${MODELS}/a"), r"variables such as \$\{MODELS\} are not replaced here"),
     (("run", Q, "prompt.template=escape.yaml"), r"prompt\.template is the text itself, but 'escape\.yaml' is a file; write"),
+    (("run", Q, "prompt.template=prompt.jinja"), r"'prompt\.jinja' is the name of a file, and there is none in /"),
     (("run", Q, "verify.stop={after_correct: 1, majority: 2}"), "takes one of the two"),
     (("run", Q, "verify={type: gsm8k, answer: answer}"), r"verify\.type: unknown key; did you mean `kind`\?"),
     (("run", Q, "verify={knd_of: gsm8k}"), r"verify\.knd_of: unknown key; did you mean `kind`\?"),

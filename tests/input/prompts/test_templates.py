@@ -196,5 +196,8 @@ def test_the_name_of_a_file_is_no_template(tmp_path: Path, monkeypatch: pytest.M
     for source in ("prompt.j2", "@prompt.j2", f" {tmp_path}/prompt.j2"):
         with pytest.raises(JobError, match=r"^prompt\.template is the text itself, but '.*' is a file; write the"):
             compile_template(source, "prompt.template")
-    compile_template("other.j2", "prompt.template")
-    compile_template("prompt.j2 {{ q }}", "prompt.template")
+    for source in ("other.j2", "@~/other.TXT", "~nobody/other.md"):
+        with pytest.raises(JobError, match=r"is the name of a file, and there is none in /.*; write .* below `system: \|`"):
+            compile_template(source, "prompt.system")
+    for source in ("prompt.j2 {{ q }}", "{{ q }}.txt", "Read other.j2", "Really...", "3.5"):
+        compile_template(source, "prompt.template")

@@ -10,6 +10,7 @@ question`) may be null; where it is missing in a row, it reads as null.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from tokabatch.input.prompts.sandbox import Sandbox, TemplateTooLarge
 
 GUARDING_FILTERS = frozenset(["default", "d"])
 GUARDING_TESTS = frozenset(["defined", "undefined"])
+_FILES_OF_TEXT = (".j2", ".jinja", ".jinja2", ".tmpl", ".tpl", ".template", ".prompt", ".txt", ".text", ".md")
 NOT_IN_PROMPTS = (nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport, nodes.ScopedEvalContextModifier)
 
 
@@ -87,8 +89,8 @@ def compile_template(source: str, key: str) -> Template:
         raise JobError(f"{key} is not a valid Jinja template: line {error.lineno}: {message}; {hint}") from error
     except Exception as error:  # Jinja's parser and Python's compiler raise many kinds
         raise JobError(f"{key} is not a valid Jinja template: {error or type(error).__name__}") from error
-    if not names and _is_file(source):
-        raise JobError(f"{key} is the text itself, but {source!r} is a file; write the file's text there, below `template: |`")
+    if not names:
+        _refuse_file(source, key)
     if any(tree.find_all(NOT_IN_PROMPTS)):
         raise JobError(f"{key}: a prompt's template cannot include other files, and `autoescape` makes HTML; remove that tag")
     plain, by_name = names, frozenset[str]()
@@ -102,10 +104,18 @@ def compile_template(source: str, key: str) -> Template:
     return Template(sandbox, compiled, names | by_name, by_name, required, non_null)
 
 
-def _is_file(source: str) -> bool:
-    """Whether the text is a file's path, perhaps behind an @, as other tools have it."""
-    path = source.strip().removeprefix("@")
-    return "\n" not in path and Path(path).suffix != "" and os.path.isfile(os.path.expanduser(path))
+def _refuse_file(source: str, key: str) -> None:
+    """Raise JobError for the path of a file in place of its text, perhaps behind an @, as other tools have it."""
+    path = Path(os.path.expanduser(source.strip().removeprefix("@")))
+    if "\n" in str(path) or not path.suffix:
+        return
+    if os.path.isfile(path):
+        fault = f"{source!r} is a file"
+    elif path.suffix.lower() in _FILES_OF_TEXT and not re.search(r"\s|[{}]", str(path)):
+        fault = f"{source!r} is the name of a file, and there is none in {path.absolute().parent}"
+    else:
+        return
+    raise JobError(f"{key} is the text itself, but {fault}; write the file's text there, below `{key.rpartition('.')[2]}: |`")
 
 
 def _of_columns(names: frozenset[str], by_name: frozenset[str], present: Collection[str]) -> frozenset[str]:
