@@ -283,6 +283,34 @@ def test_a_stopped_score_leaves_no_figure_of_before(
     assert read_status(out).of_another_judge is None and "samples still to be judged" not in page(out)
 
 
+@pytest.mark.parametrize("at", ["write_summary", "mark_success"])
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_at_its_end_it_leaves_what_the_next_run_completes(
+    at: str, after: bool, rows: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In front of either of the last two writes or behind it: no folder counts as complete without its figures."""
+    out, verify = tmp_path / "out", {"kind": str(judge)}
+    scripted_run(rows, out, verify=OLD)
+    write = getattr(scoring, at)
+
+    def killed(claim: Claim, *given: Any) -> None:
+        if at == "write_summary" and not given[0]["estimates"]:
+            return write(claim, *given)
+        if after:
+            write(claim, *given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scoring, at, killed)
+        score(out, [f"verify.kind={judge}", "verify.answer=null"])
+    blank = not json.loads((out / "summary.json").read_text())["estimates"]
+    assert not (blank and (out / "_SUCCESS").exists())
+    scripted_run(rows, out, verify=verify)
+    told = json.loads((out / "summary.json").read_text())
+    assert told["estimates"]["mean score"][0] == pytest.approx(6 / 13) and told["unverified"] == 2
+    assert (check(out).exit_code, check(out).facts["result"]) == (0, "complete")
+
+
 def test_files_of_error_rows_alone_that_a_stopped_score_left_are_named(tmp_path: Path) -> None:
     """They hold no sample to judge, but no run continues before they name the judge."""
     assert what_is_left(tmp_path, {"of_another_judge": None, "pending": 0}) == ()

@@ -33,6 +33,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import Inspection, inspect, recorded_shards
 from tokabatch.output.manifest import (
     VERIFIER_KEY,
+    Books,
     Manifest,
     mark_success,
     read_job,
@@ -257,7 +258,8 @@ def _rejudge(
             scored = replace(scored, judged=scored.judged + judged)
         replace_shard(claim, file, tables)
         tell(f"{file.path.name}: judged ({number:,} of {counted(len(left), 'file')})")
-    books = mark_success(claim, claimed_shards(claim), manifest.samples)
+    shards = claimed_shards(claim)
+    books = Books.of(manifest.samples, shards)
     without_verdict = read_status(claim.folder.path).without_verdict or 0
     silent = 0 < books.ok <= without_verdict
     scored = replace(scored, estimates=read_estimates(claim.folder) or (), silent=silent)
@@ -276,6 +278,8 @@ def _rejudge(
             too_many = books.errors > job.errors.max_fraction * manifest.samples
             figures["exit_code"] = EXIT_ERRORS if silent or too_many else EXIT_COMPLETE
         write_summary(claim, {**summary, **figures})
+    # Last: a folder with the mark is left alone by every later start, so that its figures must be there.
+    mark_success(claim, shards, manifest.samples)
     return scored
 
 
