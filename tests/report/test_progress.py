@@ -62,6 +62,17 @@ class TestRates:
             lines.update(ProgressSnapshot("simulating", elapsed, share=share))
         assert stream.getvalue().splitlines()[1].endswith("simulating 25% of the simulation  eta 1:00")
 
+    def test_samples_left_to_judge_take_as_long_at_the_present_speed(self) -> None:
+        stream = io.StringIO()
+        lines = LineProgress(stream)
+        lines.update(ProgressSnapshot("judging", 0.0))
+        for elapsed, done in ((5.0, 0), (10.0, 100), (15.0, 400)):
+            lines.update(ProgressSnapshot("judging", elapsed, samples_done=done, samples_total=1000))
+        assert [line.split("judging")[1].strip() for line in stream.getvalue().splitlines()] == [
+            "reading the files of the output folder", "samples 0/1,000",
+            "samples 100/1,000  10 per second  eta 1:30", "samples 400/1,000  40 per second  eta 15.0 s",
+        ]  # fmt: skip
+
     def test_nothing_known_yet(self) -> None:
         rates = Rates()
         assert (rates.tokens_in, rates.eta) == (0.0, None)

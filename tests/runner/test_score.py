@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -32,6 +33,7 @@ from tokabatch.output.status import read_status
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN
 from tokabatch.report import review
 from tokabatch.report.folder_state import what_is_left
+from tokabatch.report.progress import LineProgress, MessagesOnly
 from tokabatch.report.run_estimates import read_estimates
 from tokabatch.runner import score as scoring
 from tokabatch.runner.interruption import Interruption
@@ -346,8 +348,9 @@ def test_where_verdicts_stopped_rows_none_is_judged_again(rows: Path, tmp_path: 
     verify = {"kind": str(judge), "stop": {"after_correct": 1}}
     summary = scripted_run(rows, out, verify=verify, generation={"n": 4})
     (tmp_path / "three.txt").write_text("")
-    told: list[str] = []
-    assert summary.unverified > 0 and score(out, tell=told.append).judged == 0
+    shown = io.StringIO()
+    assert summary.unverified > 0 and score(out, progress=MessagesOnly(shown)).judged == 0
+    told = shown.getvalue().splitlines()
     what = "without a verdict: not judged again, as verdicts stop rows (verify.stop)"
     assert told == [f"{summary.unverified} samples {what}"]
     assert read_status(out).without_verdict == summary.unverified
@@ -377,6 +380,44 @@ def test_it_stops_on_request(rows: Path, tmp_path: Path) -> None:
     assert score(tmp_path / "out", [f"verify.kind={OLD['kind']}", "verify.answer=answer"]).judged == 0
     manifest = read_manifest(OutputFolder(tmp_path / "out"))
     assert manifest is not None and manifest.job["verify"]["kind"] == "gsm8k" and check(tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_stopped_one_keeps_the_verdicts_of_a_part_of_a_file(other: bool, rows: Path, tmp_path: Path) -> None:
+    out, calls, judge = tmp_path / "out", tmp_path / "calls.txt", tmp_path / "slow.py"
+    judge.write_text(
+        "import time\n"
+        "def verify(text, row):\n"
+        f"    with open({str(calls)!r}, 'a') as file: file.write(row['answer'] + '\\n')\n"
+        "    time.sleep(0.1)\n"
+        "    return True\n"
+    )
+    scripted_run(rows, out, verify=OLD)
+    shown = io.StringIO()
+    stop = Interruption(lambda: calls.exists() and len(calls.read_text().split()) > 5)
+    with LineProgress(shown, interval=0.0) as progress, pytest.raises(Stopped) as stopped:
+        score(out, [f"verify.kind={judge}", "verify.answer=null"], progress, stop)
+    status = read_status(out)
+    assert status.unjudged is not None and 0 < status.unjudged < 24 and status.of_another_judge is None
+    kept = f"stopped: the verdicts of {24 - status.unjudged} of 24 samples are kept; `tokabatch score {out}` judges the others"
+    assert str(stopped.value) == kept and check(out).exit_code == 75 and read_estimates(OutputFolder(out)) == ()
+    assert f"samples {24 - status.unjudged}/24" in shown.getvalue().splitlines()[-1]
+    assert re.search(r"judging    samples \d+/24  \d+ per second", shown.getvalue())
+    (section,) = what_is_left(out, {"pending": 0, "unjudged": status.unjudged})
+    assert section.rows == (("the same command again (`tokabatch run` or `score`)", f"judges {status.unjudged} samples"),)
+    if other:
+        assert score(out, ["verify.kind=gsm8k", "verify.answer=answer"]).judged == 24
+    else:
+        assert score(out).judged == status.unjudged
+        assert all(row["correct"] for row in samples(out) if row["status"] == "ok")
+    assert check(out).exit_code == 0 and read_status(out).unjudged == 0
+
+
+def test_a_stopped_one_that_writes_a_file_writes_none(rows: Path, tmp_path: Path) -> None:
+    scripted_run(rows, tmp_path / "out", verify=OLD)
+    with pytest.raises(Stopped, match=r"verdicts\.parquet is not written, and the same command begins from the start"):
+        score_to(tmp_path / "out", tmp_path / "verdicts.parquet", stop=Interruption(lambda: True))
+    assert not (tmp_path / "verdicts.parquet").exists()
 
 
 def rewrite(out: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -137,13 +137,14 @@ def score(
         Path | None,
         typer.Option("--to", metavar="FILE.parquet", help="Write the verdicts there, not into OUT.", show_default=False),
     ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only messages and the summary.")] = False,
 ) -> None:
     """Judge a run's samples again, without generating any.
 
     The judge is the job's verifier, for the samples that have no verdict, or another one, for all. Each file is replaced as
-    a whole and records the verifier that judged it: after a stop or a kill, the same command continues with the files that
-    are left. The folder's job then verifies as given here. With --to nothing in the folder changes, and a run may be writing
-    there.
+    a whole and records the verifier that judged it: after a stop, the same command judges the samples that are left; after a
+    kill, the files. The folder's job then verifies as given here. With --to nothing in the folder changes, and a run may be
+    writing there.
 
     \b
     Examples
@@ -152,12 +153,14 @@ def score(
       tokabatch score out/quickstart verify.kind=exact --to verdicts.parquet
     """
     score = import_module("tokabatch.runner.score")
-    with stop_on_signals("files that are not judged yet stay as they are") as stop:
+    doing = "keeping the verdicts so far" if to is None else f"{to} is not written"
+    with stop_on_signals(doing) as stop:
         try:
-            if to is None:
-                scored = score.score(out, overrides or (), lambda text: print(text, file=sys.stderr), stop)
-            else:
-                scored = score.score_to(out, to, overrides or (), stop)
+            with import_module("tokabatch.report.progress").open_progress(quiet) as progress:
+                if to is None:
+                    scored = score.score(out, overrides or (), progress, stop)
+                else:
+                    scored = score.score_to(out, to, overrides or (), progress, stop)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None

@@ -28,12 +28,15 @@ def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] 
 def what_is_left(out: Path, values: Mapping[str, Any]) -> tuple[Section, ...]:
     """The command that completes a run that is not complete, and what it does."""
     if (others := values.get("of_another_judge")) is not None:
+        others += values.get("unjudged") or 0
         # Files of error rows alone hold none to judge, but must name the judge.
         does = f"judges {counted(others, 'sample')}" if others else "names the judge in the files that are left"
         return (Section("Next", ((f"tokabatch score {quote(str(out))}", does),)),)
     todo = (("computes the missing", values.get("pending")), ("judges", values.get("unjudged")))
     does = " and ".join(f"{verb} {counted(number, 'sample')}" for verb, number in todo if number)
-    return (Section("Next", (("the same `tokabatch run` again", does),)),) if does else ()
+    # Stopped was a run, or a score that had judged the other samples.
+    same = "the same `tokabatch run` again" if values.get("pending") else "the same command again (`tokabatch run` or `score`)"
+    return (Section("Next", ((same, does),)),) if does else ()
 
 
 def share_sections(shares: Mapping[str, Any]) -> tuple[Section, ...]:

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from tokabatch.number_text import seconds_text
 
-Phase = Literal["starting", "reading", "simulating", "loading", "generating", "writing"]
+Phase = Literal["starting", "reading", "simulating", "loading", "generating", "judging", "writing"]
 
 _REFRESH_SECONDS = 0.2
 _LINE_SECONDS = 5.0
@@ -162,11 +162,11 @@ class Rates:
         self._window = window
         self._points: deque[ProgressSnapshot] = deque()
         self._first: ProgressSnapshot | None = None
-        """Of those in which samples are generated, or a run is simulated."""
+        """Of those in which samples are generated or judged, or a run is simulated."""
 
     def add(self, snapshot: ProgressSnapshot) -> None:
         self._points.append(snapshot)
-        if self._first is None and snapshot.phase in ("generating", "simulating"):
+        if self._first is None and snapshot.phase in ("generating", "judging", "simulating"):
             self._first = snapshot
         # The oldest point is the last one outside of the window, so that the window is always covered.
         while len(self._points) > 2 and self._points[1].elapsed <= snapshot.elapsed - self._window:
@@ -183,18 +183,25 @@ class Rates:
         return self._per_second(lambda snapshot: snapshot.tokens_out)
 
     @property
+    def samples(self) -> float:
+        """Samples per second."""
+        return self._per_second(lambda snapshot: snapshot.samples_done)
+
+    @property
     def eta(self) -> float | None:
-        """Seconds that the tokens still expected take at the present speed, or the rest of a simulation at its speed so far;
-        None until a sample is finished and sampling, or simulating, goes on for some seconds."""
+        """Seconds that the tokens still expected, or the samples to judge, take at the present speed, or the rest of a
+        simulation at its speed so far; None until a sample is finished and this goes on for some seconds."""
         if self._first is None or not self._points:
             return None
         last, speed = self._points[-1], self.tokens_out
         seconds = last.elapsed - self._first.elapsed
         if last.phase == "simulating":
             return seconds * (1 - last.share) / last.share if last.share and seconds >= _TRUSTED_SECONDS else None
+        trusted = seconds >= _TRUSTED_SECONDS and last.samples_done > self._first.samples_done
+        if last.phase == "judging" and last.samples_total is not None and self.samples > 0:
+            return (last.samples_total - last.samples_done) / self.samples if trusted else None
         if last.phase != "generating" or last.tokens_left is None or speed <= 0:
             return None
-        trusted = seconds >= _TRUSTED_SECONDS and last.samples_done > self._first.samples_done
         return last.tokens_left / speed if trusted else None
 
     @property
@@ -309,6 +316,11 @@ def _facts(snapshot: ProgressSnapshot, rates: Rates) -> list[str]:
     eta = [] if rates.eta is None else [f"eta {seconds_text(rates.eta)}"]
     if snapshot.phase == "simulating":
         return [f"{snapshot.share:.0%} of the simulation", *eta]
+    if snapshot.phase == "judging" and snapshot.samples_total is None:
+        return ["reading the files of the output folder"]
+    if snapshot.phase == "judging":
+        speed = [f"{rates.samples:,.0f} per second"] if rates.samples else []
+        return [f"samples {_of(snapshot.samples_done, snapshot.samples_total)}", *speed, *eta]
     facts = [f"rows {_of(snapshot.rows_done, snapshot.rows_total)}"]
     if snapshot.samples_total is not None:
         facts.append(f"samples {_of(snapshot.samples_done, snapshot.samples_total)}")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +194,13 @@ def judge_left(claim: Claim, verify: VerifyConfig, workload: Workload, tell: Cal
     def rows_of(table: pa.Table) -> list[dict[str, Any]]:
         return workload.store.input_rows(table["row_index"].to_numpy())
 
+    def on_judged(more: int) -> None:
+        on_rows(workload.store.num_rows, len(workload.failures))
+
     try:
         own = verdict_fields(pool.load().columns)
         for file in left:
-            check = partial(on_rows, workload.store.num_rows, len(workload.failures))
-            judged = judge_again(file, own, pool, check, rows_of, "unjudged")
+            judged = judge_again(file, own, pool, on_judged, rows_of, "unjudged")
             replace_shard(claim, file, [table for table, _ in judged])
     finally:
         pool.close()

@@ -8,11 +8,13 @@ two kinds.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tokabatch.errors import EXIT_COMPLETE, EXIT_ERRORS, JobError, OutputError
+from tokabatch.errors import EXIT_COMPLETE, EXIT_ERRORS, JobError, OutputError, Stopped
 from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.input.fingerprint import is_of_verify, verify_settings
 from tokabatch.input.store.json_types import parse_json_texts
@@ -63,12 +65,13 @@ from tokabatch.output.shards import (
 )
 from tokabatch.output.status import read_status
 from tokabatch.output.unwritable import CANNOT_BE_WRITTEN
+from tokabatch.report.progress import NullProgress, Progress, ProgressSnapshot
 from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.runner.interruption import Interruption
 from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring.estimates import Estimate
 from tokabatch.scoring.judge import Verdict, verdict_columns
-from tokabatch.scoring.pool import JudgePool, open_pool
+from tokabatch.scoring.pool import JudgePool, Ticket, open_pool
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import unwritable
@@ -102,7 +105,7 @@ class Scored:
 def score(
     path: Path,
     overrides: Sequence[str] = (),
-    tell: Callable[[str], None] = lambda text: None,
+    progress: Progress | None = None,
     stop: Interruption | None = None,
 ) -> Scored:
     """Judge the samples in the output folder `path` by the verifier of its job, with `overrides` of keys under `verify`. Of
@@ -110,9 +113,9 @@ def score(
     none if verdicts have stopped rows (verify.stop).
 
     Raises UsageError if there is no run, another process writes there, or the judge cannot be used, and Stopped if `stop`
-    interrupts it between samples.
+    interrupts it: verdicts that are there by then are kept, and its message says so.
     """
-    stop = stop or Interruption()
+    stop, display = stop or Interruption(), _Display(progress or NullProgress())
     _manifest(OutputFolder(path))
     with Claim(path) as claim:
         manifest = _manifest(claim.folder)
@@ -147,9 +150,9 @@ def score(
                 lacking = sum(num_lacking(file, "missing") - num_lacking(file, which) for file in files)
                 if lacking:
                     what = "without a verdict: not judged again, as verdicts stop rows (verify.stop)"
-                    tell(f"{counted(lacking, 'sample')} {what}")
+                    display.progress.message(f"{counted(lacking, 'sample')} {what}")
             try:
-                return _rejudge(claim, manifest, job, found, left, own, pool, tell, stop)
+                return _rejudge(claim, manifest, job, found, left, own, pool, display, stop)
             except OSError as error:
                 raise unwritable(path, error) from error
         finally:
@@ -160,12 +163,13 @@ def score_to(
     path: Path,
     target: Path,
     overrides: Sequence[str] = (),
+    progress: Progress | None = None,
     stop: Interruption | None = None,
 ) -> Scored:
     """Judge the samples that are committed in the output folder `path` now, even while a run writes there, and write the
     verdicts atomically to `target` (.parquet): one row for each sample, with its id, row and number. The folder is not changed.
     Raises the errors of `score`, and OutputError if the file cannot be written."""
-    stop, folder = stop or Interruption(), OutputFolder(path)
+    stop, display, folder = stop or Interruption(), _Display(progress or NullProgress()), OutputFolder(path)
     manifest = _manifest(folder)
     check_target(folder, target, (".parquet",))
     job = _job(folder, manifest, overrides)
@@ -174,12 +178,19 @@ def score_to(
     try:
         own = verdict_fields(pool.load().columns)
 
+        def on_judged(more: int) -> None:
+            display.add(more)
+            if stop.poll():
+                words = f"stopped: {target} is not written, and the same command begins from the start"
+                raise Stopped(words, stop.poll())
+
         def judge() -> pa.Table:
             files = recorded_shards(folder, manifest)
             _check_columns(files, job, manifest.id_column)
+            display.begin(sum(num_lacking(file, "all") for file in files))
             names = [*("id", "row_index", "sample_index", "status"), *(field.name for field in own)]
             rows_of = partial(_carried_rows, manifest)
-            parts = [table.select(names) for file in files for table, _ in judge_again(file, own, pool, stop.check, rows_of)]
+            parts = [table.select(names) for file in files for table, _ in judge_again(file, own, pool, on_judged, rows_of)]
             return pa.concat_tables(parts) if parts else SAMPLE_SCHEMA.empty_table().select(names[:4])
 
         verdicts = consistently(judge, path)
@@ -235,7 +246,7 @@ def _rejudge(
     left: Mapping[ListedFile, Which],
     own: Sequence[pa.Field[Any]],
     pool: JudgePool,
-    tell: Callable[[str], None],
+    display: _Display,
     stop: Interruption,
 ) -> Scored:
     begin_record(claim, manifest, found.marked)
@@ -250,14 +261,26 @@ def _rejudge(
         if summary:
             write_summary(claim, {**summary, "estimates": {}, "pass_at_k": None, "unverified": None})
         write_manifest(claim, manifest, job.given())
-    for number, (file, which) in enumerate(left.items(), 1):
+    display.begin(sum(num_lacking(file, which) for file, which in left.items()))
+
+    def on_judged(more: int) -> None:
+        display.add(more)
+        if stop.poll():
+            # The remaining samples of the file become NOT_JUDGED, and the next score judges them.
+            pool.close()
+
+    for number, (file, which) in enumerate(left.items()):
         tables: list[pa.Table] = []
-        for table, judged in judge_again(file, own, pool, stop.check, partial(_carried_rows, manifest), which):
+        before = scored.judged
+        for table, judged in judge_again(file, own, pool, on_judged, partial(_carried_rows, manifest), which):
             tables.append(table)
             scored.reasons.update(table["verify_error"].drop_null().to_pylist())
             scored = replace(scored, judged=scored.judged + judged)
-        replace_shard(claim, file, tables)
-        tell(f"{file.path.name}: judged ({number:,} of {counted(len(left), 'file')})")
+        is_whole = not scored.reasons[NOT_JUDGED]
+        if is_whole or scored.judged > before:
+            replace_shard(claim, file, tables)
+        if stop.poll() and not (is_whole and number + 1 == len(left)):
+            raise Stopped(_stopped(claim.folder.path, scored.judged, display.total), stop.poll())
     shards = claimed_shards(claim)
     books = Books.of(manifest.samples, shards)
     without_verdict = read_status(claim.folder.path).without_verdict or 0
@@ -283,16 +306,44 @@ def _rejudge(
     return scored
 
 
+def _stopped(path: Path, judged: int, total: int) -> str:
+    kept = f"the verdicts of {judged:,} of {counted(total, 'sample')} are kept"
+    return f"stopped: {kept}; `tokabatch score {quote(str(path))}` judges the others"
+
+
+@dataclass(slots=True)
+class _Display:
+    """What is shown of the samples that are judged: `done` of `total`."""
+
+    progress: Progress
+    begun: float = field(default_factory=time.perf_counter)
+    done: int = 0
+    total: int = 0
+
+    def __post_init__(self) -> None:
+        self.progress.update(ProgressSnapshot("judging", 0.0))
+
+    def begin(self, total: int) -> None:
+        self.done, self.total = 0, total
+        self.add(0)
+
+    def add(self, more: int) -> None:
+        self.done += more
+        elapsed = time.perf_counter() - self.begun
+        self.progress.update(ProgressSnapshot("judging", elapsed, samples_done=self.done, samples_total=self.total))
+
+
 def judge_again(
     file: ListedFile,
     own: Sequence[pa.Field[Any]],
     pool: JudgePool,
-    check: Callable[[], object],
+    on_judged: Callable[[int], object],
     rows_of: Callable[[pa.Table], Sequence[Mapping[str, Any]]],
     which: Which = "all",
 ) -> Iterator[tuple[pa.Table, int]]:
     """Yield the samples of a shard in pieces, with new verdicts for `which` of them, and how many were judged; the others keep
-    theirs. `rows_of` returns the input's row of each sample of a table. `check` is called regularly and may raise."""
+    theirs. `rows_of` returns the input's row of each sample of a table. `on_judged` is called regularly with the number of
+    samples that have got their verdict since, and may raise, or close the pool: the samples left are NOT_JUDGED then."""
     for table in read_groups(file, None):
         before, ours = verdict_names(table.schema), own_names(table.schema)
         inputs = list(input_names(table.schema))
@@ -303,11 +354,14 @@ def judge_again(
         for begin in range(0, len(places), SUBMITTED_SAMPLES):
             part = places[begin : begin + SUBMITTED_SAMPLES]
             tickets = pool.submit([texts[place] or "" for place in part], rows_of(described.take(pa.array(part))))
+            known = 0
             while not pool.wait(tickets, LOOK_SECONDS):
-                check()
+                before_now, known = known, _num_judged(tickets)
+                on_judged(known - before_now)
+            on_judged(_num_judged(tickets) - known)
             for place, ticket in zip(part, tickets, strict=True):
                 verdicts[place] = ticket.verdict
-        check()
+        on_judged(sum(again) - len(places))
         kept = pa.schema([table.schema.field(name) for name in inputs], table.schema.metadata)
         schema = output_schema(kept, verdicts=own, reasoning="answer_text" in ours, scored=SCORE_FIELDS[0].name in ours)
         columns = {name: table[name] for name in ours if name not in before}
@@ -320,7 +374,14 @@ def judge_again(
         columns |= made
         # The input's columns come last, in their order; one may have a new name, if the judge now has a column of its name.
         arrays = [columns[field.name] for field in list(schema)[: len(schema) - len(inputs)]]
-        yield pa.Table.from_arrays([*arrays, *(table[name] for name in inputs)], schema=schema), len(places)
+        yield (
+            pa.Table.from_arrays([*arrays, *(table[name] for name in inputs)], schema=schema),
+            sum(verdict is not None and verdict.error not in (NOT_JUDGED, NO_TEXT) for verdict in verdicts),
+        )
+
+
+def _num_judged(tickets: Sequence[Ticket]) -> int:
+    return sum(ticket.verdict is not None and ticket.verdict.error != NOT_JUDGED for ticket in tickets)
 
 
 def _chosen(table: pa.Table, which: Which) -> tuple[list[bool], list[str | None]]:
@@ -371,8 +432,11 @@ def _is_judged(file: ListedFile, manifest: Manifest) -> bool:
 
 
 def num_lacking(file: ListedFile, which: Which) -> int:
-    """Return the number of a shard's samples that `judge_again` judges: all those without a verdict ("missing"), or those that
+    """Return the number of a shard's samples that `judge_again` judges: all, those without a verdict ("missing"), or those that
     a stopped run left unjudged. Texts are read only where one may be missing: of a sample that could not be written."""
+    if which == "all":
+        tables = read_groups(file, ("status", "error_code"))
+        return sum(count_ok(each) + each["error_code"].to_pylist().count(CANNOT_BE_WRITTEN) for each in tables)
     with open_shard(file) as parquet:
         if "verify_error" not in verdict_names(parquet.schema_arrow):
             return 0
