@@ -37,6 +37,7 @@ from tokabatch.report.progress import LineProgress, MessagesOnly
 from tokabatch.report.run_estimates import read_estimates
 from tokabatch.runner import score as scoring
 from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.judge_again import NO_TEXT
 from tokabatch.runner.score import score, score_to
 from tokabatch.scheduling.contracts import NOT_JUDGED
 
@@ -539,12 +540,12 @@ def test_a_sample_whose_text_was_not_written_keeps_its_reason(rows: Path, judge:
 
     rewrite(out, lose)
     assert score(out).judged == 1, "the other sample of row 3"
-    assert verdicts() == [(None, "three"), (True, None), (None, scoring.NO_TEXT)]
+    assert verdicts() == [(None, "three"), (True, None), (None, NO_TEXT)]
     status = read_status(out)
     assert (status.without_verdict, status.unjudged) == (1, 0)
     # Another judge has said nothing of them, and cannot.
     score(out, ["verify.correct_from=0.5"])
-    assert verdicts() == [(None, scoring.NO_TEXT)] * 3
+    assert verdicts() == [(None, NO_TEXT)] * 3
     # Nor is anything left to judge of them: the files and the mark stay as they are.
     judge.write_text(judge.read_text().replace("'3'", "'none'"))
     score(out, [f"verify.kind={judge}"])
@@ -559,7 +560,7 @@ def test_error_rows_are_no_samples_without_a_verdict(rows: Path, judge: Path, tm
     lost = {"status": "error", "error_code": CANNOT_BE_WRITTEN, "error_message": "not every column", "text": None}
     rewrite(out, lambda row: {**row, **lost} if row["row_index"] < 9 else row)
     scored = score_to(out, tmp_path / "verdicts.parquet")
-    assert 0 < scored.judged < scored.reasons[scoring.NO_TEXT] and not scored.silent
+    assert 0 < scored.judged < scored.reasons[NO_TEXT] and not scored.silent
 
 
 def test_the_page_says_what_counts_as_right_where_scores_lie_between(rows: Path, tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ from tokabatch.output.manifest import (
 from tokabatch.output.remedy import begin_record, refuse_faults, refuse_other_verdicts, refuse_unrecorded
 from tokabatch.output.same_job import EarlierRun, find_run
 from tokabatch.output.schema import UnsampledRow, verdict_fields
+from tokabatch.runner.judge_again import judge_again, num_lacking
 from tokabatch.runner.reuse import Reuse
 from tokabatch.runner.row_stops import RowStops
-from tokabatch.runner.score import judge_again, num_lacking
 from tokabatch.scoring.early_stopping import StopRule
 from tokabatch.scoring.pool import open_pool
 from tokabatch.storage.listing import Mark, consistently
