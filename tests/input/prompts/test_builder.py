@@ -146,6 +146,32 @@ def test_bad_messages_are_error_rows(messages: Any, code: str, write_rows: Write
     assert codes(ingest_job(path, "chat", prompt={"messages": "messages"})) == {1: code}
 
 
+KNOWN_ROLES = "{% for m in messages %}{% if m.role == 'user' or m.role == 'boss' %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("role", "printed", "known"),
+    [
+        ("usr", "has the role 'usr'; write user", "write user"),
+        ("User", "write user", "write user"),
+        ("gpt", "write assistant", "write assistant"),
+        ("narrator", None, "leaves it out; write a role that the template prints, such as user"),
+        ("developer", None, "leaves it out"),
+        ("system", None, None),
+        ("boss", None, None),
+    ],
+)
+def test_a_role_that_the_template_leaves_out_or_that_is_misspelt_costs_its_row(
+    role: str, printed: str | None, known: str | None, write_rows: Write, ingest_job: Ingest
+) -> None:
+    user = {"role": "user", "content": "hi"}
+    path = write_rows({"messages": [user, {"role": role, "content": " x "}, user]}, {"messages": [user]})
+    for template, fault in ((None, printed), (KNOWN_ROLES, known)):
+        store = ingest_job(path, "chat", prompt={"chat_template": template})
+        assert codes(store) == ({0: "bad_messages"} if fault else {})
+        assert fault is None or ("message 1 has the role" in store.errors[0].message and fault in store.errors[0].message)
+
+
 @pytest.mark.parametrize("tokenizer", ["bos", "bos_chat"])
 def test_one_bos_always(tokenizer: str, write_rows: Write, ingest_job: Ingest, tokenizers: dict[str, Tokenizer]) -> None:
     path = write_rows({"prompt": "hi", "t": "hi"}, {"prompt": "<|bos|>hi", "t": "hi"})

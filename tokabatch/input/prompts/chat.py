@@ -9,7 +9,9 @@ decimal number as text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, cast
 
 from tokabatch.errors import RowError
@@ -21,6 +23,12 @@ from tokabatch.job.fields import DECIDED_KWARGS
 Message = dict[str, Any]
 CALLS = ("tool_calls", "function_call", "function")
 """Keys of messages that hold tool calls."""
+ROLES = ("system", "user", "assistant", "tool")
+_OTHER_ROLES = ("function", "developer")
+_ROLES_ELSEWHERE = {
+    **{"human": "user", "sys": "system"},
+    **dict.fromkeys(("gpt", "bot", "chatbot", "chatgpt", "ai", "model"), "assistant"),
+}
 
 
 def normalise_messages(value: Any, column: str) -> list[Message] | RowError:
@@ -54,6 +62,28 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
     if system is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
+
+
+def refuse_roles(messages: Sequence[Message], template: str) -> RowError | None:
+    """Return the error `bad_messages` of a role that the chat template does not name and that is another one misspelt, or has
+    the name that other tools give it. Any other role is the template's to print, since many print what they are given."""
+    for position, message in enumerate(messages):
+        if message["role"] not in ROLES and (meant := _meant_role(message["role"], template)):
+            return RowError("bad_messages", f"message {position} has the role {message['role']!r}; write {meant}")
+    return None
+
+
+def refuse_left_out(messages: Sequence[Message], template: str, text: str) -> RowError | None:
+    """Return the error `bad_messages` of a message that is missing in the prompt because the chat template does not know its
+    role."""
+    for position, message in enumerate(messages):
+        role, content = message["role"], message.get("content")
+        unknown = role not in ROLES and not _names(template, role)
+        if unknown and isinstance(content, str) and content.strip() not in text:
+            what = f"message {position} has the role {role!r}, and the chat template leaves it out"
+            known = "system" if role == "developer" else "user"
+            return RowError("bad_messages", f"{what}; write a role that the template prints, such as {known}")
+    return None
 
 
 def read_objects(value: Any, column: str) -> list[dict[str, Any]] | RowError | None:
@@ -135,6 +165,19 @@ def plain_values(value: Any) -> Any:
         if value is None or isinstance(value, str | int | float)
         else text_of(value, place="a value for the chat template")
     )
+
+
+@lru_cache(maxsize=256)
+def _meant_role(role: str, template: str) -> str | None:
+    word = role.strip().lower()
+    if role in _OTHER_ROLES or _names(template, role):
+        return None
+    near = get_close_matches(word, (*ROLES, *_OTHER_ROLES), n=1, cutoff=0.75)
+    return _ROLES_ELSEWHERE.get(word) or next(iter(near), None)
+
+
+def _names(template: str, role: str) -> bool:
+    return f"'{role}'" in template or f'"{role}"' in template
 
 
 def _message(given: Any, place: str) -> Message | RowError:

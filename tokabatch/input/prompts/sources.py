@@ -26,6 +26,8 @@ from tokabatch.input.prompts.chat import (
     plain_values,
     read_kwargs,
     read_objects,
+    refuse_left_out,
+    refuse_roles,
     with_arguments,
     with_system,
 )
@@ -203,6 +205,8 @@ class PromptSource:
         if isinstance(own, RowError):
             return own
         template = self._chat_template.source_for(given.get(TOOLS))
+        if fault := refuse_roles(messages, template):
+            return fault
         variables = blank_texts(self._chat_template.kwargs, blank) | own | given
 
         def render(convert: Callable[[Any], Any]) -> str | RowError:
@@ -214,7 +218,9 @@ class PromptSource:
             # A template that concatenates the arguments with text fails on an object.
             as_text = render(arguments_as_text)
             text = text if isinstance(as_text, RowError) else as_text
-        return text if isinstance(text, RowError) else Draft(text)
+        if isinstance(text, RowError):
+            return text
+        return refuse_left_out(messages, template, text) or Draft(text)
 
     def _given(self, value: Any) -> Any:
         return plain_values(value) if self._typed else value
