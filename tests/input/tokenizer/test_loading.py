@@ -176,6 +176,10 @@ def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
     assert tokenizer.encode_batch(["12 end"], False) == whole.encode_batch(["12 end"], False)
     assert tokenizer.replaced == ()
+    (folder / "vocab.json").rename(folder / "vocab.txt")
+    (folder / "merges.txt").unlink()
+    with pytest.raises(ModelError, match=r"has no vocabulary: Qwen2Tokenizer found none in its files; copy tokenizer\.json"):
+        load_tokenizer(ModelConfig(path=str(folder)))
 
 
 def test_a_missing_or_damaged_tokenizer_is_refused(tmp_path: Path, tokenizer_folders: dict[str, Path]) -> None:

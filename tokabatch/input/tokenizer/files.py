@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,12 @@ from tokabatch.job import ModelConfig
 
 TOKENIZER_JSON = "tokenizer.json"
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template"
-_OTHERS = (_CONFIG, "tokenizer.model", "vocab.json", "vocab.txt")
+_VOCABULARIES = ("tokenizer.*.json", "vocab.json", "vocab.txt")
+"""Files from which transformers makes a tokenizer without tokenizer.json: patterns. tokenizer_config.json alone gives an empty
+one."""
+_MODELS = "*.model"
+_READERS_OF_MODELS = ("sentencepiece", "tiktoken")
+"""The libraries with which transformers reads those; which one is needed depends on the file."""
 _TEMPLATES = (f"{_TEMPLATE}.jinja", f"{_TEMPLATE}.json", "additional_chat_templates")
 
 
@@ -22,13 +28,18 @@ def tokenizer_folder(model: ModelConfig) -> Path | None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return None
-    if not any((folder / file).exists() for file in (TOKENIZER_JSON, *_OTHERS)):
-        key = "model.tokenizer" if model.tokenizer else "model.path"
-        raise ModelError(
-            f"{key} {name!r} holds no tokenizer (no tokenizer.json); copy it "
-            "into the folder, or name a folder or hub id that has it as model.tokenizer"
-        )
-    return folder
+    if (folder / TOKENIZER_JSON).exists() or any(next(folder.glob(file), None) for file in _VOCABULARIES):
+        return folder
+    what, also = "no tokenizer (no tokenizer.json)", ""
+    if packed := next(folder.glob(_MODELS), None):
+        if any(map(find_spec, _READERS_OF_MODELS)):
+            return folder
+        what, also = f"{packed.name}, but no tokenizer.json", f", or install {' or '.join(_READERS_OF_MODELS)}, which reads it"
+    key = "model.tokenizer" if model.tokenizer else "model.path"
+    raise ModelError(
+        f"{key} {name!r} holds {what}; copy tokenizer.json into the folder, or name a folder or hub id that has it as "
+        f"model.tokenizer{also}"
+    )
 
 
 def has_no_chat_template(folder: Path) -> bool:
