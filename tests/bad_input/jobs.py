@@ -181,7 +181,7 @@ def _remote_code(folder: Path) -> None:
     settings = json.loads((model / "tokenizer_config.json").read_text())
     auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": auto_map, "tokenizer_class": "Evil"}))
-    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.json").rename(model / "vocab.json")
     _config(auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})(folder)
 
 

@@ -56,6 +56,7 @@ FILES = {
     "moe/config.json": '{"model_type": "qwen3_moe"}',
     "typo/config.json": '{"model_type": "llamma"}',
     "foreign/data/mine.parquet": "",
+    "taken.jsonl.run/data/mine.parquet": "",
     "adapter/adapter_config.json": "{}",
     "gguf/model.Q4_K_M.gguf": "GGUF",
     "pointer.jsonl.gz": POINTER,
@@ -123,6 +124,14 @@ MISTAKES = [
     (("run", Q, "--max-model-len", "2048"), "--max-model-len: none is needed: the context is the model's own"),
     (("run", Q, "sampling_params.n=4"), r"did you mean `generation\.n=4`\?"),
     (("run", Q, "num_fewshot=5"), r"did you mean `prompt\.few_shot\.k=5`\?"),
+    (
+        ("batch", "requests.jsonl", "--model", "jobs/quickstart", "--to", "taken.jsonl"),
+        r"error: the run's folder 'taken\.jsonl\.run' holds 1 file\(s\) that no run wrote .*\. Choose another --to, or move",
+    ),
+    (
+        ("batch", "requests.jsonl", "--model", "jobs/quickstart", "--to", "r.jsonl", "output.path=foreign"),
+        r"output\.path 'foreign' holds 1 file\(s\) .*\. Choose another output\.path, or move",
+    ),
     (("batch", "--input", "rows.jsonl", "--model", "m"), "no option --input; the file to read is named without an option"),
     (("batch", "rows.jsonl", "--model", "m", "--output", "o"), "no option --output; the file to write is named by --to"),
     (("run", Q, "generation.stop_token_ids=[x]"), r"for example `'generation\.stop_token_ids=\[\d+\]'`"),

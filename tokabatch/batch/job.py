@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from tokabatch.errors import OutputError
+from tokabatch.errors import CommitError, OutputError, UsageError
 from tokabatch.job import Job
 from tokabatch.output.export_target import check_target, refuse_input
 from tokabatch.output.folder import OutputFolder
@@ -18,7 +19,7 @@ def batch_job(requests: str, model: str, results: Path, errors: Path | None = No
     given = {
         "model": {"path": model},
         "input": {"path": requests, "format": "openai"},
-        "output": {"path": str(results.with_name(f"{results.name}.run"))},
+        "output": {"path": str(_run_folder(results))},
     }
     job = Job.load(given, *overrides)
     check_targets(OutputFolder(Path(job.output.path)), results, errors or errors_file(results))
@@ -27,9 +28,25 @@ def batch_job(requests: str, model: str, results: Path, errors: Path | None = No
     return job
 
 
+@contextmanager
+def said_of_results(job: Job, results: Path) -> Generator[None]:
+    """Raise what is wrong with the folder of the run in terms of the option that names it, unless a key does."""
+    try:
+        yield
+    except (UsageError, CommitError) as error:
+        if Path(job.output.path) != _run_folder(results):
+            raise
+        said = str(error).replace("another output.path", "another --to").replace("output.path ", "the run's folder ")
+        raise type(error)(said) from error
+
+
 def errors_file(results: Path) -> Path:
     """Where the errors go unless another file is named: `results.errors.jsonl` beside `results.jsonl`."""
     return results.with_name(f"{results.stem}.errors{results.suffix}")
+
+
+def _run_folder(results: Path) -> Path:
+    return results.with_name(f"{results.name}.run")
 
 
 def check_targets(folder: OutputFolder, results: Path, errors: Path) -> None:

@@ -149,8 +149,9 @@ def batch(
     with stop_on_signals() as stop:
         reuse = Reuse(overwrite, retry_errors, repair)
         loaded = batches.batch_job(requests, model, to, errors, overrides or ())
-        import_module("tokabatch.precheck").refuse_early(loaded, overwrite=overwrite, retry_errors=retry_errors)
-        summary = _run(loaded, stop, quiet, **asdict(reuse))
+        with batches.said_of_results(loaded, to):
+            import_module("tokabatch.precheck").refuse_early(loaded, overwrite=overwrite, retry_errors=retry_errors)
+            summary = _run(loaded, stop, quiet, **asdict(reuse))
     _print_summary(loaded, summary, verbose)
     if not summary.pending:
         print_note(write_batch(Path(loaded.output.path), to, errors))
