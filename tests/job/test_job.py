@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import re
 import shlex
 import subprocess
@@ -678,3 +680,9 @@ def test_programs_that_construct_or_change_a_job_are_told_what_to_write() -> Non
     assert Job.load(job.given(), "generation.n=3").generation.n == 3
     with pytest.raises(JobError, match=r"write Job\.load\(\.\.\.\)"):
         Job({"model": {"path": "m"}})  # pyright: ignore[reportCallIssue]
+    with pytest.raises(JobError, match=r"write Job\.load\(\{'model': \.\.\.\}\) in place of Job\(model=\.\.\.\)"):
+        Job(model="jobs/quickstart")  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with pytest.raises(JobError, match="is loaded from its file or mapping"):
+        Job()  # pyright: ignore[reportCallIssue]
+    for other in (copy.copy(job), copy.deepcopy(job), job.model_copy(), pickle.loads(pickle.dumps(job))):
+        assert type(other) is Job and other == job and other.given() == job.given()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -230,7 +230,16 @@ class ErrorsConfig(Section):
     )
 
 
-class Job(Section):
+class _Loaded(type(Section)):
+    """Makes a call of the class a refusal. Validation, copies and pickles create instances without one."""
+
+    def __call__(cls, *sources: object, **values: object) -> NoReturn:
+        written = next(iter(values), "")
+        write, call = (f"{{{written!r}: ...}}", f"{written}=...") if written else ("...", "...")
+        raise JobError(f"a job is loaded from its file or mapping: write Job.load({write}) in place of Job({call})")
+
+
+class Job(Section, metaclass=_Loaded):
     """One run, described completely."""
 
     mode: Literal["generate", "score"] = Field(
@@ -246,11 +255,6 @@ class Job(Section):
     verify: VerifyConfig | None = None
     trace: TraceConfig | None = None
     errors: ErrorsConfig = ErrorsConfig()
-
-    def __new__(cls, *sources: object, **values: object) -> Job:
-        if sources:
-            raise JobError("a job is loaded from its file or mapping: write Job.load(...) in place of Job(...)")
-        return super().__new__(cls)
 
     @field_validator("generation", "verify")
     @classmethod
