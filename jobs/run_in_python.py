@@ -2,7 +2,9 @@
 
     python jobs/run_in_python.py
 
-`run` also takes the path of a job file, or `Job.load("job.yaml", "generation.n=8")`.
+`run` also takes the path of a job file, or `Job.load("job.yaml", "generation.n=8")`. With pandas,
+`summary.dataset().to_table().to_pandas()` is a table of all samples, and `pandas.DataFrame(rows).to_json("out/rows.jsonl",
+orient="records", lines=True)` writes rows.
 """
 
 import json

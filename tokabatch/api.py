@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ Source = Job | Mapping[str, Any] | str | Path
 @refusing_keys(Job.describe_keys, "run({job})")
 def run(
     job: Source,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     should_stop: Callable[[], bool] | Interruption | None = None,
     *,
     overwrite: bool = False,
@@ -43,8 +44,9 @@ def run(
     """Complete every row of the job's input and write the output folder. If the folder holds a run of this job, continue it.
 
     `job` may also be what `Job.load` takes: the path of a job file, or a mapping of the same shape. Without `progress`, a
-    notebook and a terminal show lines, anything else nothing. `overwrite` deletes an existing run; `retry_errors` runs its
-    error rows again; `repair` computes the contents of damaged files again, for which DamageError is raised otherwise.
+    notebook and a terminal show lines, anything else nothing; with True they show what the command line does, with False
+    nothing. `overwrite` deletes an existing run; `retry_errors` runs its error rows again; `repair` computes the contents of
+    damaged files again, for which DamageError is raised otherwise.
 
     `should_stop` is called between steps; an Interruption also interrupts waiting and loading. After a stop, finished samples
     are committed, and the summary has the exit code 130 or that of the Interruption. If the folder cannot be written any more,
@@ -61,12 +63,15 @@ def run(
     begun = time.perf_counter()
     if isinstance(progress, str):
         raise UsageError(f"run takes no overrides: write run(Job.load(..., {progress!r}))")
+    display = import_module("tokabatch.report.progress").chosen_progress(progress)
     reuse = {"overwrite": overwrite, "retry_errors": retry_errors}
     job = _checked(job, shared=shared is not None, **reuse)
     fresh = "torch" not in sys.modules
     runner = import_module("tokabatch.runner.run")
     how = {**reuse, "repair": repair, "shared": shared, "cluster": cluster}
-    return runner.run(job, progress, should_stop, seconds_before=time.perf_counter() - begun, fresh=fresh, **how)
+    # A program enters the display that it has made.
+    with nullcontext() if display is progress else display:
+        return runner.run(job, display, should_stop, seconds_before=time.perf_counter() - begun, fresh=fresh, **how)
 
 
 @refusing_keys(Job.describe_keys, "plan({job})")

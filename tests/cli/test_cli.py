@@ -146,7 +146,8 @@ class TestWithoutAModel:
         code = (
             "import sys, tokabatch\n"
             "assert not {'torch', 'pyarrow', 'numpy', 'pydantic'} & set(sys.modules)\n"
-            "assert 'Job' in dir(tokabatch) and tokabatch.__version__\n"
+            "assert {name for name in dir(tokabatch) if name[:1] != '_'} == set(tokabatch.__all__) - {'__version__'}\n"
+            "assert tokabatch.__version__\n"
             "from tokabatch import Job\n"
             "assert not {'torch', 'pyarrow'} & set(sys.modules)\n"
             "try: tokabatch.nothing\n"
@@ -498,16 +499,20 @@ assert not {{"torch", "transformers", "tokenizers"}} & sys.modules.keys()
 
     def test_from_python(self, tmp_path: Path) -> None:
         code = (
-            "from tokabatch import Job, plan, run\n"
+            "from tokabatch import Job, UsageError, plan, run\n"
             f"job = Job.load({QUICKSTART!r}, *{SMALL!r}, 'output.path={tmp_path / 'out'}')\n"
-            "summary = run(job)\n"
+            "summary = run(job, progress=True)\n"
             "print(summary.ok, summary.exit_code, list(summary.pass_at_k), summary.dataset().to_table().num_rows)\n"
-            "print(run(job.given()).ok, plan(job.given()).notes[0])\n"
+            "print(run(job.given(), progress=False).ok, plan(job.given()).notes[0])\n"
+            "try: run(job, progress=3)\n"
+            "except UsageError as error: print(error)\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
         )
-        first, second = done.stdout.splitlines()
+        first, second, refusal = done.stdout.splitlines()
+        assert done.stderr.count("generating") == 1 and "samples 4/4" in done.stderr and "Traceback" not in done.stderr
+        assert refusal.startswith("progress is a Python int; it takes True, False or a tokabatch.Progress")
         assert first == "4 0 [1, 2] 4" and second.startswith("4 ") and "are those of the whole job" in second, done.stderr
 
     def test_a_script_without_a_main_guard_may_use_a_worker_process(self, tmp_path: Path) -> None:

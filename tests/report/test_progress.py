@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
+from tokabatch.errors import UsageError
 from tokabatch.report.progress import (
     ExpendableProgress,
     LineProgress,
@@ -21,6 +22,7 @@ from tokabatch.report.progress import (
     Progress,
     ProgressSnapshot,
     Rates,
+    chosen_progress,
     default_progress,
     open_progress,
 )
@@ -240,6 +242,18 @@ class TestChoice:
             progress.update(at(1.0))
             progress.message("x")
         assert capfd.readouterr() == ("", "")
+
+
+def test_the_display_that_a_program_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = LineProgress(io.StringIO())
+    assert chosen_progress(own) is own
+    assert isinstance(chosen_progress(None), NullProgress) and isinstance(chosen_progress(False), NullProgress)
+    assert isinstance(shown_by(chosen_progress(True)), LineProgress)
+    for wrong in (1, "yes", LineProgress, print, {"interval": 1}):
+        with pytest.raises(UsageError, match=r"^progress is (a Python|the class) \w+; it takes True, False or a .*$"):
+            chosen_progress(wrong)
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    assert isinstance(chosen_progress(True), LineProgress)
 
 
 def test_a_notebook_and_a_script_on_a_terminal_show_lines(monkeypatch, capsys):

@@ -107,6 +107,10 @@ class TestRunSummary:
         assert "<b>Run</b><table><tr><td>result</td>" in shown and "out/&lt;x&gt;" in shown and "<x>" not in shown
         assert SUMMARY.pass_at_k == {1: 0.25, 4: 0.5}
 
+    def test_a_run_without_verdicts_has_an_empty_mapping(self) -> None:
+        unjudged = replace(SUMMARY, estimates=(), verifies=False)
+        assert unjudged.pass_at_k == {} and unjudged.to_dict()["pass_at_k"] is None
+
     def test_what_is_left_is_shown_and_nothing_divides_by_zero(self) -> None:
         empty = RunSummary(
             rows=3, samples=12, ok=2, errors=0, prompt_tokens=0, cached_tokens=0, cacheable_tokens=0, prefilled_tokens=0,
@@ -126,6 +130,13 @@ class TestRunSummary:
 
 
 class TestPlan:
+    def test_printed_by_a_script_and_in_a_notebook(self) -> None:
+        report = a_plan()
+        assert str(report) == plain(plan_sections(report)) and str(report).startswith("Model\n  path")
+        shown = report._repr_html_()
+        assert "<b>Work</b><table><tr><td>rows</td><td>100</td></tr>" in shown
+        assert "[bold]1+1[/bold]?<br>  Answer:" in shown
+
     def test_figures(self) -> None:
         shown = facts(plan_sections(a_plan(error_counts=(("bad_json", 2), ("empty_prompt", 1)))))
         assert shown["rows"] == "100, 3 with errors" and shown["error bad_json"] == "2"

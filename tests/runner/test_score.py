@@ -610,7 +610,7 @@ def test_a_part_of_a_run_has_no_figures(rows: Path, tmp_path: Path) -> None:
         job = scripted_job(rows, tmp_path / "out", verify=OLD, engine={"max_running": 2})
         stop = iter([False] * 8)
         part = run(job, should_stop=lambda: not next(stop, False) and next(stop, None) is None)
-        assert part.pending and part.verifies and part.estimates == () and part.pass_at_k is None
+        assert part.pending and part.verifies and part.estimates == () and part.pass_at_k == {}
         assert score(tmp_path / "out").estimates == ()
         assert run(job).estimates
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 from tokabatch.job import Setting
 from tokabatch.number_text import bytes_text, count_text, counted, seconds_text, share_text
@@ -92,6 +93,14 @@ class PlanReport:
     def shared_tokens(self) -> int:
         """Prompt tokens that are part of another prompt's prefix."""
         return self.prompt_tokens - self.unique_tokens
+
+    def __str__(self) -> str:
+        """What `tokabatch plan` prints."""
+        return import_module("tokabatch.report.render").plain(plan_sections(self))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same as tables."""
+        return import_module("tokabatch.report.render").html(plan_sections(self))
 
 
 def plan_sections(report: PlanReport, *, simulated: bool = False) -> tuple[Section, ...]:

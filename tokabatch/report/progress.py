@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, TextIO
+from typing import Literal, Protocol, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tokabatch.errors import UsageError
 from tokabatch.number_text import seconds_text
 
 Phase = Literal["starting", "reading", "simulating", "loading", "generating", "judging", "writing"]
@@ -88,6 +89,21 @@ def default_progress() -> Progress:
         return LineProgress(sys.stdout)
     # A program without a console has no stream.
     return LineProgress(sys.stderr) if sys.stderr is not None and sys.stderr.isatty() else NullProgress()  # pyright: ignore[reportUnnecessaryComparison]
+
+
+def chosen_progress(given: object) -> Progress:
+    """The display that a Python program chose: True is that of the command line (lines in a notebook), False none, None the
+    default one. Raises UsageError for what is none."""
+    if given is None:
+        return default_progress()
+    if given is False:
+        return NullProgress()
+    if given is True:
+        return LineProgress(sys.stdout) if "ipykernel" in sys.modules else open_progress(quiet=False)
+    if isinstance(given, type) or not all(hasattr(given, name) for name in ("interval", "update", "message")):
+        kind = f"the class {given.__name__}" if isinstance(given, type) else f"a Python {type(given).__name__}"
+        raise UsageError(f"progress is {kind}; it takes True, False or a tokabatch.Progress, which has `update` and `message`")
+    return cast("Progress", given)
 
 
 class NullProgress:

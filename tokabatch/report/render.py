@@ -1,8 +1,9 @@
-"""Draws sections of facts: rich tables on a terminal, aligned plain text anywhere else. Knows no figures."""
+"""Draws sections of facts: rich tables on a terminal, HTML in a notebook, aligned plain text elsewhere. Knows no figures."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from html import escape
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -23,6 +24,23 @@ def tables(sections: Sequence[Section]) -> RenderableType:
     for section in sections:
         parts += [Text(section.title, style="bold"), Padding(_table(section), (0, 0, 1, 0))]
     return Group(*parts)
+
+
+def html(sections: Sequence[Section]) -> str:
+    """The sections as HTML tables, each under its title; a value's lines stay lines."""
+    return "".join(
+        f"<b>{escape(section.title)}</b><table>"
+        + "".join(
+            f"<tr>{''.join(f'<td>{_html_lines(cell)}</td>' for cell in row)}</tr>"
+            for row in (*filter(None, (section.columns,)), *section.rows)
+        )
+        + "</table>"
+        for section in sections
+    )
+
+
+def _html_lines(cell: str) -> str:
+    return escape(cell).replace("\n", "<br>")
 
 
 def _plain_lines(section: Section) -> Iterator[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,7 @@ class RunSummary:
 
     `cached_tokens` of the prompts were not prefilled because another sample had; `cacheable_tokens` is the most that any
     order and any cache could have saved. `seconds` is the whole run, `load_seconds` the part before the first step,
-    `host_seconds` the scheduler's own CPU time, `launch_seconds` the worker's for launching steps. `pass_at_k` is None where
-    nothing was verified.
+    `host_seconds` the scheduler's own CPU time, `launch_seconds` the worker's for launching steps.
     """
 
     rows: int
@@ -135,9 +133,9 @@ class RunSummary:
         return self.exit_code in (0, 3) and not self.pending and 0 < self.ok <= self.unverified
 
     @property
-    def pass_at_k(self) -> Mapping[int, float] | None:
-        """pass@k by k; None where there is no estimate."""
-        return {int(each.name[5:]): each.value for each in self.estimates if each.name.startswith("pass@")} or None
+    def pass_at_k(self) -> Mapping[int, float]:
+        """pass@k by k; empty where there is no estimate, as without `verify`."""
+        return {int(each.name[5:]): each.value for each in self.estimates if each.name.startswith("pass@")}
 
     @property
     def work_seconds(self) -> float:
@@ -156,15 +154,7 @@ class RunSummary:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the same as tables."""
-        return "".join(
-            f"<b>{escape(section.title)}</b><table>"
-            + "".join(
-                f"<tr>{''.join(f'<td>{_html(cell)}</td>' for cell in row)}</tr>"
-                for row in (*filter(None, (section.columns,)), *section.rows)
-            )
-            + "</table>"
-            for section in self._sections()
-        )
+        return import_module("tokabatch.report.render").html(self._sections())
 
     def _sections(self) -> tuple[Section, ...]:
         # It builds on this module.
@@ -185,14 +175,10 @@ class RunSummary:
         values["pending"] = self.pending
         values["error_counts"] = dict(self.error_counts)
         values["finish_reasons"] = dict(self.finish_reasons)
-        values["pass_at_k"] = None if self.pass_at_k is None else {str(k): value for k, value in self.pass_at_k.items()}
+        values["pass_at_k"] = {str(k): value for k, value in self.pass_at_k.items()} or None
         values["estimates"] = {each.name: [each.value, each.low, each.high] for each in self.estimates}
         values["this_start"] = self.this_start
         return values
-
-
-def _html(cell: str) -> str:
-    return escape(cell).replace("\n", "<br>")
 
 
 def no_verdict_text(stops_rows: bool, judge_again: str) -> str:
