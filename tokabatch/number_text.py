@@ -7,6 +7,11 @@ def count_text(number: int) -> str:
     return f"{number:,}"
 
 
+def decimal_text(number: float) -> str:
+    """`6.5`, `1,200`: of a mean or median of whole numbers."""
+    return f"{number:,.1f}".removesuffix(".0")
+
+
 def counted(number: int, one: str, many: str | None = None) -> str:
     """`1 sample` and `1,200 samples`, of the noun for one. Give what stands behind any other number if it is not that and an s:
     `counted(number, "row has", "rows have")`."""

@@ -11,8 +11,8 @@ import pytest
 from tokabatch.number_text import seconds_text
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt
 from tokabatch.output.steps import elapsed
-from tokabatch.report.page import PerToken, RunRecord, _columns, render_page
-from tokabatch.report.plots import histogram
+from tokabatch.report.page import PerToken, RunRecord, _cells, _columns, render_page
+from tokabatch.report.plots import Curve, histogram, over_time
 from tokabatch.report.step_figures import _rates, _thin
 from tokabatch.scoring.estimates import Estimate
 
@@ -70,7 +70,7 @@ def test_a_resumed_run_is_shown_over_all_its_starts():
     assert "of computing, all starts" in page and f"<b>{seconds_text(float(seconds))}</b>" in page
     # Not of the tokens sampled: those of samples that were unfinished at a stop are drawn twice.
     assert f"<b>{kept / seconds:,.0f}</b><span>output tokens a second of computing, all starts" in page
-    assert "preemptions, last start" in page and "<b>40.0 s</b>" not in page
+    assert "preemptions, last start" in page and "<b>40.0\u00a0s</b>" not in page
     assert f"<b>{int(RUN.lengths.sum()):,}</b><span>output tokens</span>" in page
 
 
@@ -78,7 +78,7 @@ def test_a_resumed_run_is_shown_over_all_its_starts():
 def test_without_the_steps_of_a_killed_start_times_and_rates_are_those_of_the_last_one(lacks: str) -> None:
     summary = {"this_start": {**SUMMARY, "earlier": 5}}
     page = render_page(replace(RUN, summary=summary, steps={**STEPS, lacks: np.full(60, 0.2)}))
-    assert "all starts" not in page and "<span>of which loading 2.00 s, last start" in page
+    assert "all starts" not in page and "<span>of which loading 2.00\u00a0s, last start" in page
     assert "<b>132</b><span>output tokens a second after loading, last start" in page
     assert "without those of a start that was killed</small>" in page
 
@@ -113,11 +113,12 @@ def test_samples_that_were_cut_off_are_counted():
 def test_a_phone_and_a_dark_screen_are_thought_of():
     page = render_page(RUN)
     assert (
-        "repeat(auto-fill,minmax(min(21rem,100%),1fr))" in page
-        and "prefers-color-scheme:dark" in page
-        and "color-scheme:light dark" in page
+        "flex:1 1 min(var(--least),100%)" in page and "prefers-color-scheme:dark" in page and "color-scheme:light dark" in page
     )
     assert "content='width=device-width'" in page and "@media(max-width:60rem){.tiles{grid-template-columns:repeat(3" in page
+    # A key stands above its value on a phone.
+    assert "@media(max-width:42rem){.keyed :is(tr,th,td){display:block" in page
+    assert "<table class=keyed><tr><th>device" in render_page(replace(RUN, facts=[("device", "CPU")]))
 
 
 def test_a_figure_is_drawn_for_wide_and_for_narrow_columns_with_text_of_one_size():
@@ -189,7 +190,7 @@ def test_every_figure_of_a_whole_run_is_there():
         assert f"<figcaption>{title}" in page
     assert page.count("<svg") == 2 * 5 and page.count("<div class=bars>") == 2
     assert "<span>computed</span><div><i style='width:18.7%;background:#9ec5fe'></i>210</div>" in page
-    for fact in ("77.8%", "132", "pass@4 (70.0% to 80.0%)", "pass@1 (30.0% to 50.0%)", "pending", "40.0 s"):
+    for fact in ("77.8%", "132", "pass@4 (70.0% to 80.0%)", "pass@1 (30.0% to 50.0%)", "pending", "<b>40.0\u00a0s</b>"):
         assert fact in page
     assert len(page) < 400_000
 
@@ -200,6 +201,44 @@ def test_what_only_the_last_start_says_is_named_so():
     page = render_page(replace(RUN, summary={"this_start": {**SUMMARY, "earlier": 5}}))
     assert "<small>how much shared prefixes saved, last start</small>" in page
     assert "<small>seconds of all steps, last start; predicted by" in page
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 8, 20], [5, 5, 8, 2000], [7]])
+def test_bars_are_as_fine_as_a_few_lengths_are(lengths: list[int]) -> None:
+    svg = histogram(np.array(lengths, np.int32), "tokens", "samples")
+    span = max(lengths) - min(lengths) + 1
+    # Twice, for wide and narrow columns.
+    assert svg.count("opacity: 0.8") == 2 * (span if span <= 60 else -(-span // -(-span // 60)))
+
+
+def test_a_median_between_two_lengths_is_no_whole_number():
+    page = render_page(replace(RUN, lengths=np.array([5, 5, 8, 20], np.int32)))
+    assert "median 6.5, longest 20<" in page and ">mean 9.5</text>" in page
+    assert "median 5, longest 8<" in render_page(replace(RUN, lengths=np.array([5, 5, 8], np.int32)))
+
+
+def test_charts_over_time_begin_at_the_first_step():
+    """Also where the first step took most of the time."""
+    svg = over_time(np.array([4.5, 5.0]), [Curve("c", np.array([2.0, 1.0]))], "tokens").partition("</svg>")[0]
+    line = re.search(r'<path d="([^"]*)" clip-path[^>]*fill: none', svg)
+    assert line is not None
+    points = dict.fromkeys(re.findall(r"[ML] ([0-9.]+) ([0-9.]+)", line[1]))
+    (start, top), (corner, same), _, (end, low) = ((float(x), float(y)) for x, y in points)
+    # The first value for nine tenths of the axis, then the second.
+    assert top == same < low and (corner - start) / (end - start) == pytest.approx(0.9, abs=0.01)
+    first_tick = re.search(r'<use [^>]*x="([0-9.]+)"', svg.partition("matplotlib.axis_1")[2])
+    assert first_tick is not None and start == float(first_tick[1])
+
+
+@pytest.mark.parametrize(
+    ("figures", "short", "cells", "stacked"),
+    [(3, 0, 3, 0), (3, 2, 3, 0), (4, 2, 3, 1), (5, 2, 5, 0), (6, 2, 6, 0), (7, 2, 6, 1)],
+)
+def test_figures_fill_their_rows(figures: int, short: int, cells: int, stacked: int) -> None:
+    titles = [*(f"figure {place}" for place in range(figures - short)), *("Prompt tokens", "Predicted and actual")[:short]]
+    found = _cells([(title, "", "") for title in titles])
+    assert len(found) == cells and sum("class=stack" in each for each in found) == stacked
+    assert "".join(found).count("<figure>") == figures
 
 
 @pytest.mark.parametrize("value", [8, 64])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from tokabatch.arrays import Float64
 from tokabatch.errors import EXIT_ERRORS
-from tokabatch.number_text import counted, seconds_text
+from tokabatch.number_text import counted, decimal_text, seconds_text
 from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
 from tokabatch.output.steps import elapsed
 from tokabatch.report import plots
@@ -25,7 +26,7 @@ from tokabatch.scoring.estimates import Estimate, distinct
 _CHARACTERS, _FOLDED, _BEGINNING = 4000, 700, 200
 """The most characters that are shown of a text, of a prompt without folding it, and of a sample that is folded."""
 _SHORT = ("Prompt tokens", "Predicted and actual")
-"""Figures of half the height of the others; two of them are stacked beside a full one."""
+"""Figures that half of the height is enough for."""
 _COLORS = (plots.INK, "#9ec5fe", plots.SECOND)
 _CSS = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1f2328;--soft:#57606a;--line:#d0d7de;--bad:#b42318;--good:#1a7f37}
@@ -40,10 +41,11 @@ p.sub{color:var(--soft);margin:.2rem 0 1.2rem;overflow-wrap:anywhere}
 @media(max-width:42rem){.tiles{grid-template-columns:1fr 1fr}}
 .tile{border:1px solid var(--line);border-radius:.5rem;padding:.5rem .8rem}
 .tile b{display:block;font-size:1.3rem}.tile span{color:var(--soft);font-size:.82rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr));gap:1rem}
-figure{margin:0;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;min-width:0;grid-row:span 2;
+.plots{display:flex;flex-wrap:wrap;gap:1rem}
+.plots>*{flex:1 1 min(var(--least),100%);max-width:50rem;min-width:0}
+.stack{display:flex;flex-direction:column;gap:1rem}.stack figure{flex:1}
+figure{margin:0;border:1px solid var(--line);border-radius:.5rem;padding:.7rem;
 container-type:inline-size;display:flex;flex-direction:column}
-figure.short{grid-row:span 1}
 .bars{flex:1;display:grid;grid-template-columns:auto 1fr;gap:.5rem .7rem;align-content:center;font-size:.82rem}
 .bars div{display:flex;gap:.4rem;align-items:center}.bars i{height:.9rem;min-width:1px}
 figcaption{font-weight:600;margin-bottom:.3rem}figcaption small{font-weight:400;color:var(--soft);display:block}
@@ -58,6 +60,8 @@ table.errors{margin-bottom:1.4rem}.errors td:first-child{white-space:nowrap}
 .errors td:last-child{display:block}}
 details{border:1px solid var(--line);border-radius:.5rem;padding:.4rem .8rem;margin-bottom:.5rem}
 details th{width:8rem}details td{white-space:pre-line}
+@media(max-width:42rem){.keyed :is(tr,th,td){display:block;width:auto}.keyed th{border:0;padding-bottom:0}
+.keyed td{padding-top:0}}
 summary{cursor:pointer;overflow-wrap:anywhere}summary small{color:var(--soft)}
 summary div{color:var(--soft);font-size:.82rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 details[open]>summary div{display:none}
@@ -124,22 +128,38 @@ class RunRecord:
 def render_page(run: RunRecord) -> str:
     """Return the page as HTML."""
     tiles = [
-        f"<div class=tile><b{' class=bad' if alert else ''}>{escape(v)}</b><span>{escape(k)}</span></div>"
+        f"<div class=tile><b{' class=bad' if alert else ''}>{_text(v)}</b><span>{_text(k)}</span></div>"
         for k, v, alert in _tiles(run)
     ]
-    figures = "".join(
-        f"<figure{' class=short' if title in _SHORT else ''}>"
-        f"<figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>{svg}</figure>"
-        for title, note, svg in _figures(run)
-    )
+    cells = _cells(_figures(run))
+    # Four side by side in rows of three would leave one alone.
+    least = "26rem" if len(cells) == 4 else "21rem"
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{escape(run.path)}</title><style>{_CSS}</style>"
         f"<h1>{escape(run.path)}</h1><p class=sub>{escape(run.model)}, {escape(_state(run))}</p>"
         f"<div class=tiles style='--columns:{_columns(len(tiles))}'>{''.join(tiles)}</div>{_errors(run)}"
-        f"<div class=plots>{figures}</div>"
+        f"<div class=plots style='--least:{least}'>{''.join(cells)}</div>"
         f"{_samples(run)}{_facts(run)}</html>\n"
     )
+
+
+def _cells(figures: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Return the figures as HTML. Two short ones are stacked where that fills rows of three."""
+    drawn = [
+        f"<figure><figcaption>{escape(title)}<small>{_text(note)}</small></figcaption>{drawing}</figure>"
+        for title, note, drawing in figures
+    ]
+    short = [place for place, (title, _, _) in enumerate(figures) if title in _SHORT]
+    if len(short) < 2 or (len(drawn) - 1) % 3:
+        return drawn
+    stack = f"<div class=stack>{''.join(drawn[place] for place in short)}</div>"
+    return [*(figure for place, figure in enumerate(drawn) if place not in short), stack]
+
+
+def _text(text: str) -> str:
+    """Return text as HTML that does not break between a number and its unit."""
+    return escape(re.sub(r"(?<=\d) (?=(?:ms|s)\b|%)", "\u00a0", text))
 
 
 def _columns(tiles: int) -> int:
@@ -218,7 +238,7 @@ def _sample(sample: Excerpt, prompt: str | None) -> str:
     return (
         f"<details><summary>{mark}{name} <small>{escape(ended)}</small><div>{escape(beginning)}</div></summary>{shown}"
         f"<h3>{'Scored text' if scored else 'Sample'}</h3><pre>{escape(_cut(sample.text))}</pre>"
-        f"{f'<h3>Row</h3><table>{columns}</table>' if columns else ''}</details>"
+        f"{f'<h3>Row</h3><table class=keyed>{columns}</table>' if columns else ''}</details>"
     )
 
 
@@ -236,7 +256,7 @@ def _cut(value: Any) -> str:
 
 def _facts(run: RunRecord) -> str:
     rows = "".join(f"<tr><th>{escape(name)}<td>{escape(value)}" for name, value in run.facts)
-    return f"<h2>The run</h2><table>{rows}</table>" if rows else ""
+    return f"<h2>The run</h2><table class=keyed>{rows}</table>" if rows else ""
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
@@ -313,7 +333,7 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         note = f"lowest {of_texts.min():,.2f}, median {np.median(of_texts):,.2f}, highest {of_texts.max():,.2f}"
         figures.append(("Log-probability per token", note, plots.histogram(of_texts, "of a text, natural logarithm", "texts")))
     if len(run.lengths):
-        note = f"median {np.median(run.lengths):,.0f}, longest {run.lengths.max():,}"
+        note = f"median {decimal_text(float(np.median(run.lengths)))}, longest {run.lengths.max():,}"
         title, unit = ("Output lengths", "output tokens of a sample") if run.per_token is None else ("Lengths", "scored tokens")
         figures.append((title, note, plots.histogram(run.lengths, unit, "samples" if run.per_token is None else "texts")))
     if len(run.steps.get("seconds", ())) > 1:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tokabatch.arrays import Float64
+from tokabatch.number_text import decimal_text
 
 INK, SECOND = "#1f6feb", "#d1741f"
 _WIDTHS, _HEIGHT = {"wide": 5.6, "narrow": 3.7}, 2.6
@@ -48,13 +49,16 @@ class Curve:
 
 
 def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float | None = None) -> str:
-    """Draw curves over `seconds` since the first step. `top` is the upper end of the axis, such as 1 for shares."""
+    """Draw curves over seconds since the first step: each value is the mean over the time up to its place in `seconds`, from
+    the one before or the start. `top` is the upper end of the axis, such as 1 for shares."""
     figure, axes = _open()
     scale, name = (1.0, "seconds") if seconds[-1] < 300 else (60.0, "minutes") if seconds[-1] < 18_000 else (3600.0, "hours")
+    times = np.append(0.0, seconds) / scale
     for curve in curves:
+        values = np.append(curve.values[0], curve.values)
         if curve.filled:
-            axes.fill_between(seconds / scale, curve.values, color=curve.color, alpha=0.25, linewidth=0)
-        axes.plot(seconds / scale, curve.values, color=curve.color, linewidth=1.4, label=curve.label)
+            axes.fill_between(times, values, step="pre", color=curve.color, alpha=0.25, linewidth=0)
+        axes.plot(times, values, drawstyle="steps-pre", color=curve.color, linewidth=1.4, label=curve.label)
     axes.set_ylim(0, top)
     if top is None:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -67,12 +71,18 @@ def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float |
 
 
 def histogram(values: npt.NDArray[np.int32] | Float64, unit: str, counted: str) -> str:
-    """Draw a histogram of `values` in at most 60 bins; `counted` names what has these values."""
+    """Draw a histogram of `values` in at most 60 bins, which hold equally many whole numbers if the values are such; `counted`
+    names what has these values."""
     figure, axes = _open()
     whole = np.issubdtype(values.dtype, np.integer)
-    axes.hist(values, bins=min(60, max(1, len(np.unique(values)))), color=INK, alpha=0.8)
-    mean, digits = float(values.mean()), 0 if whole else 2
-    axes.axvline(mean, color=SECOND, linewidth=1.2, label=f"mean {mean:,.{digits}f}")
+    bins: int | list[float] = min(60, max(1, len(np.unique(values))))
+    if whole:
+        low, high = int(values.min()), int(values.max())
+        width = -(-(high - low + 1) // 60)
+        bins = [edge - 0.5 for edge in range(low, high + width + 1, width)]
+    axes.hist(values, bins=bins, color=INK, alpha=0.8)
+    mean = float(values.mean())
+    axes.axvline(mean, color=SECOND, linewidth=1.2, label=f"mean {decimal_text(mean) if whole else f'{mean:,.2f}'}")
     axes.set_xlabel(unit)
     axes.set_ylabel(counted)
     for axis in (axes.xaxis, axes.yaxis) if whole else (axes.yaxis,):
