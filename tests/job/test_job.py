@@ -673,6 +673,29 @@ def test_a_word_in_place_of_a_prompt_is_taken_for_a_column() -> None:
         Job.load({"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}, "prompt": "question"})
 
 
+class _Frame:
+    """As a table of pandas looks to a job."""
+
+    columns = ("question",)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "remedy"),
+    [
+        ("input", [{"question": "1 + 1"}], r"pandas\.DataFrame\(rows\)\.to_json\(.*`input: \{path: rows\.jsonl\}`"),
+        ("input", _Frame(), r"df\.to_json\("),
+        ("input", {"path": [{"question": "1 + 1"}, {"question": "2"}]}, r"pandas\.DataFrame\(rows\)\.to_json\("),
+        ("input", {"path": _Frame()}, r"df\.to_json\("),
+        ("verify", lambda text, row: True, r"`verify: \{kind: \./judge\.py\}`"),
+        ("verify", {"kind": len}, r"`verify: \{kind: \./judge\.py\}`"),
+    ],
+)
+def test_rows_and_functions_given_as_they_are_are_refused_with_the_file_to_write(section, value, remedy) -> None:
+    job = {"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}, section: value}
+    with pytest.raises(JobError, match=remedy):
+        Job.load(job)
+
+
 def test_programs_that_construct_or_change_a_job_are_told_what_to_write() -> None:
     job = Job.load({"model": {"path": "m"}, "input": {"path": "x"}, "output": {"path": "o"}})
     with pytest.raises(JobError, match=r"load a changed one, for example Job\.load\(job\.given\(\), 'generation\.n=3'\)"):

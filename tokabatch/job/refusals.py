@@ -134,12 +134,26 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
     if details["type"] == "missing":
         return Refusal(path, f"missing; accepts {accepts.what}", example=accepts.example)
     given = _lookup(values, path)
-    if ours := our_value(path, given):
+    if ours := our_value(path, given) or _in_a_file(path, given):
         return Refusal(path, f"got {_describe(given)}; write {ours}")
     wants_text = details["type"] == "string_type" and isinstance(given, bool | int | float)
     quotes = " (text that looks like a number or true/false needs quotes)" if wants_text else ""
     example, needs = _as_section(section_of(info.annotation), given) or (accepts.example, "")
     return Refusal(path, f"got {_describe(given)}; accepts {accepts.what}{quotes}{needs}", example=example)
+
+
+def _in_a_file(path: Path, given: Any) -> str | None:
+    """What to write in place of rows or a function that a Python program gives as they are; None for other values."""
+    if dotted(path) in ("verify", "verify.kind") and callable(given):
+        return "the function to a file, as `verify(text, row)`, and name the file: `verify: {kind: ./judge.py}`"
+    rows = cast("list[Any]", given) if isinstance(given, list) else []
+    if dotted(path) in ("input", "input.path") and (hasattr(given, "columns") or any(isinstance(row, Mapping) for row in rows)):
+        frame = "pandas.DataFrame(rows)" if rows else "df"
+        return (
+            f'the rows to a file, such as {frame}.to_json("rows.jsonl", orient="records", lines=True), and name the file: '
+            "`input: {path: rows.jsonl}`"
+        )
+    return None
 
 
 _NOT_TEXT = frozenset({"true", "false", "yes", "no", "on", "off", "null", ".inf", ".nan"})
