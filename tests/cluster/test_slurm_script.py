@@ -114,10 +114,24 @@ def test_without_slurm_the_script_is_written_and_the_remedy_named(tmp_path, monk
 
 def _write(*arguments: str) -> tuple[str, str]:
     """The script that these arguments make of the first job of the gallery in the working folder, and what is printed."""
-    result = CliRunner().invoke(app, ["slurm", str(ROOT / "jobs/quickstart.yaml"), "--to", "job.sbatch", *arguments])
+    result = CliRunner().invoke(
+        app, ["slurm", str(ROOT / "jobs/quickstart.yaml"), "--to", "job.sbatch", "--overwrite", *arguments]
+    )
     if result.exception is not None:
         raise result.exception
     return Path("job.sbatch").read_text(), result.output
+
+
+def test_an_edited_script_is_replaced_only_if_that_is_requested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["slurm", str(ROOT / "jobs/quickstart.yaml"), "--to", "job.sbatch"]
+    assert CliRunner().invoke(app, given).exit_code == CliRunner().invoke(app, given).exit_code == 0
+    written = Path("job.sbatch").read_text()
+    Path("job.sbatch").write_text(edited := written + "# mine\n")
+    refused = str(CliRunner().invoke(app, given).exception)
+    assert "differs from this script" in refused and "--overwrite" in refused and "--to" in refused
+    assert Path("job.sbatch").read_text() == edited
+    assert CliRunner().invoke(app, [*given, "--overwrite"]).exit_code == 0 and Path("job.sbatch").read_text() == written
 
 
 def test_options_are_written_as_sbatch_reads_them(tmp_path, monkeypatch):

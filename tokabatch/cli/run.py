@@ -181,6 +181,7 @@ def slurm(
         str, typer.Option("--command", help="Command that starts tokabatch, such as 'apptainer exec --nv IMAGE.sif tokabatch'.")
     ] = "tokabatch",
     to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Default: JOB.sbatch.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the script if it is there and differs.")] = False,
     submit: Annotated[bool, typer.Option("--submit", help="Submit it, too.")] = False,
 ) -> None:
     """Write the batch script that runs a job on Slurm.
@@ -218,7 +219,7 @@ def slurm(
         print_message(f"output.path {loaded.output.path} holds a complete run: the tasks will find nothing to do")
     module, script = import_module("tokabatch.cluster.slurm"), to or Path(f"{job.stem}.sbatch")
     array = module.Array(tasks, gpus, cpus, limit, options=tuple(option or ()), setup=tuple(setup or ()), command=command)
-    module.write_script(script, module.batch_script(job, tuple(overrides or ()), array, Path.cwd()))
+    module.write_script(script, module.batch_script(job, tuple(overrides or ()), array, Path.cwd()), overwrite=overwrite)
     print_result(module.submit(script) if submit else f"{script}: submit it with `sbatch {script}`")
 
 

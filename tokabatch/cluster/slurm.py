@@ -114,14 +114,20 @@ exit $status
 """
 
 
-def write_script(path: Path, text: str) -> None:
-    """Write the script; replace only a file that this command wrote before. Raises UsageError if it cannot be written or
-    another file is in its place."""
+def write_script(path: Path, text: str, *, overwrite: bool = False) -> None:
+    """Write the script; replace a different one that this command wrote only if `overwrite`, and no other file. Raises
+    UsageError if it cannot be written or a file is in its place."""
     try:
-        if path.exists() and MARK not in path.read_text(errors="replace"):
+        there = path.read_text(errors="replace") if path.exists() else text
+        if MARK not in there:
             raise UsageError(
                 f"--to {path} exists and was not written by `tokabatch slurm`, so it is not replaced; name another file, or "
                 "move this one away"
+            )
+        if there != text and not overwrite:
+            raise UsageError(
+                f"--to {path} exists and differs from this script: it was edited, or written with other options; replace it "
+                "with --overwrite, or name another file (--to)"
             )
         path.write_text(text)
     except OSError as error:
