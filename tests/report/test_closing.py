@@ -90,3 +90,12 @@ def test_next_steps_are_commands_to_paste() -> None:
     assert "score" not in stops and "  the same command with --overwrite  " in stops
     stops = closing.next_steps(OUT, replace(SUMMARY, ok=400, errors=0, exit_code=0, unverified=1, stops_rows=True))
     assert "score" not in stops
+
+
+def test_errors_that_the_input_causes_are_run_again_once_it_is_corrected() -> None:
+    def advice(**counts: int) -> str:
+        return closing.next_steps(OUT, replace(SUMMARY, error_counts=tuple(counts.items())))
+
+    for text, corrected in ((advice(bad_json=1, missing_field=9), True), (advice(bad_json=1, nan_logits=1), False)):
+        (line,) = (line for line in text.splitlines() if "--retry-errors" in line)
+        assert line.endswith("  once the input is right" if corrected else "  runs them again")

@@ -97,6 +97,8 @@ class TestRates:
         assert rates.done == 0.25
         rates.add(replace(at(1.0, done=100), tokens_out=200, tokens_left=200))
         assert rates.done == 0.25 + 0.75 * 0.5
+        rates.add(replace(at(2.0, done=100), tokens_out=201, tokens_left=300))
+        assert rates.done == 0.25 + 0.75 * 0.5, "it does not fall where more is expected"
 
 
 class TestLines:
@@ -163,6 +165,14 @@ class TestLive:
             and "99.0%" in stream.getvalue()
             and stream.getvalue().endswith("\x1b[?25h")
         )
+
+    def test_lines_break_between_facts(self) -> None:
+        stream = io.StringIO()
+        with LiveProgress(Console(file=stream, force_terminal=True, width=80, legacy_windows=False)) as progress:
+            progress.update(at(1.0))
+            progress.update(at(2.0, done=123))
+        lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+        assert any(line.endswith("kv 43%") for line in lines) and any("running 64  waiting 200" in line for line in lines)
 
     def test_update_costs_nothing_between_frames(self) -> None:
         console, stream = a_terminal()

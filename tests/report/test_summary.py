@@ -172,6 +172,10 @@ class TestPlan:
         assert "[… and 6,000 more characters]" in text and "5,000 token ids" in text
         assert " 10 11 [… 4,976 more …] 4988 4989 " in text
 
+    def test_where_every_row_is_bad_no_prompt_is_shown(self) -> None:
+        titles = [section.title for section in plan_sections(a_plan(first_prompt="", first_token_ids=()))]
+        assert "First prompt" not in titles and "Its 0 token ids" not in titles
+
 
 class TestRender:
     def test_plain_text_has_no_control_codes_and_keeps_lines_apart(self) -> None:

@@ -96,7 +96,9 @@ def next_steps(out: Path, summary: RunSummary) -> str:
     if summary.errors:
         rows.append((f"tokabatch errors {folder}", "lists the error rows"))
         if not summary.pending:
-            rows.append(("the same command with --retry-errors", "runs them again"))
+            permanent = summary.error_counts and all(_is_of_input(code) for code, _ in summary.error_counts)
+            does = "once the input is right" if permanent else "runs them again"
+            rows.append(("the same command with --retry-errors", does))
     if summary.no_verdict and summary.stops_rows:
         rows.append(("the same command with --overwrite", "starts over"))
     elif summary.unverified and not summary.pending and not summary.stops_rows:
@@ -105,6 +107,16 @@ def next_steps(out: Path, summary: RunSummary) -> str:
         rows.append((f"tokabatch export {folder} --to samples.jsonl", "all samples in one file"))
     rows.append((f"tokabatch report {folder}", "a page with charts"))
     return plain((Section("Next", tuple(rows)),))
+
+
+def _is_of_input(code: str) -> bool:
+    """Whether a row with this error fails again as long as the input and the job are as they are."""
+    return code.startswith(("bad_", "template_")) or code in (
+        "empty_prompt",
+        "missing_field",
+        "special_token",
+        "prompt_too_long",
+    )
 
 
 def _cut(text: str, lines: int, characters: int) -> str:

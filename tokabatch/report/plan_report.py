@@ -128,8 +128,11 @@ def plan_sections(report: PlanReport, *, simulated: bool = False) -> tuple[Secti
         Section("Memory of each replica", _memory(report.replica)),
         Section("Host", _host(report.host)),
         Section("Generation", tuple((s.key, s.value, s.source) for s in report.settings), ("key", "value", "from")),
-        Section("First prompt", (("", text),)),
-        Section(f"Its {counted(len(ids), 'token id')}", (("", shown),)),
+        *(
+            (Section("First prompt", (("", text),)), Section(f"Its {counted(len(ids), 'token id')}", (("", shown),)))
+            if ids
+            else ()
+        ),
         *((Section("Notes", tuple(("", note) for note in report.notes)),) if report.notes else ()),
     )
 

@@ -179,6 +179,9 @@ class Rates:
         self._points: deque[ProgressSnapshot] = deque()
         self._first: ProgressSnapshot | None = None
         """Of those in which samples are generated or judged, or a run is simulated."""
+        self.done: float | None = None
+        """The share of the run that is done, by output tokens; None while nothing is known of these. Samples that were there
+        before count as such. It does not fall where more tokens are expected than before."""
 
     def add(self, snapshot: ProgressSnapshot) -> None:
         self._points.append(snapshot)
@@ -187,6 +190,8 @@ class Rates:
         # The oldest point is the last one outside of the window, so that the window is always covered.
         while len(self._points) > 2 and self._points[1].elapsed <= snapshot.elapsed - self._window:
             self._points.popleft()
+        if (share := self._share()) is not None:
+            self.done = max(self.done or 0.0, share)
 
     @property
     def tokens_in(self) -> float:
@@ -220,10 +225,7 @@ class Rates:
             return None
         return last.tokens_left / speed if trusted else None
 
-    @property
-    def done(self) -> float | None:
-        """The share of the run that is done, by output tokens; None while nothing is known of these. Samples that were there
-        before count as such."""
+    def _share(self) -> float | None:
         first, last = self._first, self._points[-1] if self._points else None
         if first is None or last is None or last.tokens_left is None or not last.samples_total:
             return None
@@ -308,10 +310,10 @@ class LiveProgress:
     def _show(self, snapshot: ProgressSnapshot) -> None:
         self._unshown = None
         self._rates.add(snapshot)
-        self._live.update(_draw(snapshot, self._rates), refresh=True)
+        self._live.update(_draw(snapshot, self._rates, self._live.console.width), refresh=True)
 
 
-def _draw(snapshot: ProgressSnapshot, rates: Rates) -> Group:
+def _draw(snapshot: ProgressSnapshot, rates: Rates, width: int) -> Group:
     done, total = float(snapshot.samples_done), snapshot.samples_total
     if snapshot.phase == "simulating":
         done, total = snapshot.share, 1
@@ -323,7 +325,18 @@ def _draw(snapshot: ProgressSnapshot, rates: Rates) -> Group:
     percent = Text(f"{done / total:.1%}" if total else "", style="bold")
     bar = ProgressBar(total=total or None, completed=done, width=40, pulse=not total, animation_time=snapshot.elapsed)
     grid.add_row(Text(snapshot.phase, style="bold cyan"), bar, percent, Text(seconds_text(snapshot.elapsed), style="dim"))
-    return Group(grid, Text("  ".join(_facts(snapshot, rates)), overflow="fold"))
+    return Group(grid, Text("\n".join(_lines(_facts(snapshot, rates), width)), overflow="fold"))
+
+
+def _lines(facts: list[str], width: int) -> list[str]:
+    """Return the facts in lines of at most `width` characters, each whole."""
+    lines = facts[:1]
+    for fact in facts[1:]:
+        if len(lines[-1]) + 2 + len(fact) <= width:
+            lines[-1] += f"  {fact}"
+        else:
+            lines.append(fact)
+    return lines
 
 
 def _facts(snapshot: ProgressSnapshot, rates: Rates) -> list[str]:
