@@ -140,6 +140,10 @@ class TestPlan:
     def test_figures(self) -> None:
         shown = facts(plan_sections(a_plan(error_counts=(("bad_json", 2), ("empty_prompt", 1)))))
         assert shown["rows"] == "100, 3 with errors" and shown["error bad_json"] == "2"
+        strict = a_plan(error_counts=(("bad_json", 2), ("bad_row", 1)), max_error_fraction=0.02)
+        assert strict.has_too_many_errors
+        too_many = "100, 3 with errors, more than errors.max_fraction (0.02) allows: the run would end with exit code 3"
+        assert facts(plan_sections(strict))["rows"] == too_many
         assert shown["shared tokens"] == "600 (60.0%)"
         assert shown["parameters"] == "3,400,000" and shown["weights"] == "13 MiB in float32"
         assert shown["workspace"] == "8 MiB for the logits of a step, activations beside it"

@@ -88,7 +88,7 @@ def test_a_judge_that_fails_everywhere_ends_as_a_run_of_it_does(
     beside: bool, rows: Path, judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    scripted_run(rows, out, verify=OLD)
+    scripted_run(rows, out)
     good = judge.read_text()
     judge.write_text("def verify(text, row):\n    return row['anser'] in text\n")
     command = ["score", str(out), f"verify={{kind: {judge}}}", *(("--to", str(tmp_path / "v.parquet")) if beside else ())]
@@ -375,9 +375,9 @@ def test_it_stops_on_request(rows: Path, tmp_path: Path) -> None:
     slow = tmp_path / "slow.py"
     slow.write_text("import time\ndef verify(text, row): time.sleep(5)\n")
     stop = Interruption(lambda: True)
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped, match="the folder is as it was"):
         score(tmp_path / "out", [f"verify.kind={slow}", "verify.answer=null"], stop=stop)
-    assert check(tmp_path / "out").exit_code == 75
+    assert check(tmp_path / "out").exit_code == 0
     assert score(tmp_path / "out", [f"verify.kind={OLD['kind']}", "verify.answer=answer"]).judged == 0
     manifest = read_manifest(OutputFolder(tmp_path / "out"))
     assert manifest is not None and manifest.job["verify"]["kind"] == "gsm8k" and check(tmp_path / "out").exit_code == 0
@@ -552,6 +552,21 @@ def test_a_sample_whose_text_was_not_written_keeps_its_reason(rows: Path, judge:
     before = {file: file.stat().st_mtime_ns for file in (*(out / "data").iterdir(), out / "_SUCCESS")}
     assert score(out).files == 0
     assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_a_judge_without_any_verdict_costs_no_earlier_ones(rows: Path, judge: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    scripted_run(rows, out, verify={"kind": str(judge)}, output={"rows_per_shard": 7})
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.suffix in (".parquet", ".json")}
+    for verify, told in (
+        ("{kind: regex, answer: answer, options: {pattern: '('}}", "pattern is not a valid regular expression"),
+        (f"{{kind: {judge}:verdict}}", "KeyError: 'anser'"),
+    ):
+        judge.write_text(judge.read_text() + "\ndef verdict(text, row): return row['anser'] in text\n")
+        with pytest.raises(JobError, match=f"no verdict for any of the first .*{told}.* stay as they are"):
+            score(out, [f"verify={verify}"])
+        assert {file: file.read_bytes() for file in before} == before
+        assert check(out).exit_code == 0 and (out / "_SUCCESS").exists()
 
 
 def test_error_rows_are_no_samples_without_a_verdict(rows: Path, judge: Path, tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ HOSTILE = {
     "returns a text": ("return 'yes'", "not a verdict"),
     "returns NaN": ("return float('nan')", "not a verdict"),
     "returns None": ("return None", "it returned None"),
+    "returns another key": ("return {'correct': True}", "the verdict itself is returned as 'score'"),
+    "returns no score": ("return {}", "it returned no 'score', which is the verdict"),
     "closes everything": ("os.closerange(0, 1 << 20); return True", ""),
     "stops itself": ("os.kill(os.getpid(), signal.SIGSTOP)", "no verdict within 2 s"),
 }
@@ -278,7 +280,7 @@ def test_a_run_that_is_stopped_commits_what_is_not_judged(
     assert read_status(tmp_path / "out").unjudged == unjudged
     capsys.readouterr()
     status(tmp_path / "out")
-    assert f"again  judges {unjudged} samples\n" in capsys.readouterr().out
+    assert f"again (`tokabatch run` or `score`)  judges {unjudged} samples\n" in capsys.readouterr().out
     monkeypatch.undo()
     flag.unlink()
     with scripted_engine():

@@ -86,7 +86,7 @@ def plan(
     sections = import_module("tokabatch.report.plan_report").plan_sections
     simulated = () if outlook is None else import_module("tokabatch.report.outlook").outlook_sections(outlook)
     print_result((*sections(report, simulated=simulate), *simulated))
-    if report.error_rows == report.rows:
+    if report.has_too_many_errors:
         raise typer.Exit(EXIT_ERRORS)
 
 

@@ -82,12 +82,19 @@ class PlanReport:
     """For the samples to compute, each with max_tokens tokens, with the device and the cost model; None for a device whose
     rates are not known."""
     error_counts: tuple[tuple[str, int], ...] = ()
+    max_error_fraction: float = 1.0
+    """errors.max_fraction of the job."""
     notes: tuple[str, ...] = ()
 
     @property
     def error_rows(self) -> int:
         """Rows that will become error rows."""
         return sum(count for _, count in self.error_counts)
+
+    @property
+    def has_too_many_errors(self) -> bool:
+        """Whether the run would end with exit code 3 because of its error rows."""
+        return self.error_rows == self.rows or self.error_rows > self.max_error_fraction * self.rows
 
     @property
     def shared_tokens(self) -> int:
@@ -137,10 +144,18 @@ def plan_sections(report: PlanReport, *, simulated: bool = False) -> tuple[Secti
     )
 
 
+def _errors(report: PlanReport) -> str:
+    if not report.error_rows:
+        return ""
+    found = f", {count_text(report.error_rows)} with errors"
+    too_many = f", more than errors.max_fraction ({report.max_error_fraction:g}) allows: the run would end with exit code 3"
+    return found + (too_many if report.has_too_many_errors else "")
+
+
 def _plan_work(report: PlanReport, simulated: bool) -> tuple[tuple[str, str], ...]:
     shared = share_text(report.shared_tokens, report.prompt_tokens)
     return (
-        ("rows", count_text(report.rows) + (f", {count_text(report.error_rows)} with errors" if report.error_rows else "")),
+        ("rows", f"{count_text(report.rows)}{_errors(report)}"),
         *((f"error {code}", count_text(number)) for code, number in report.error_counts),
         ("samples", count_text(report.samples)),
         ("prompt tokens", count_text(report.prompt_tokens)),

@@ -48,6 +48,7 @@ from tokabatch.output.schema import (
     SAMPLE_SCHEMA,
     row_names,
     verdict_fields,
+    verdict_names,
 )
 from tokabatch.output.shards import (
     PARQUET_OPTIONS,
@@ -241,12 +242,16 @@ def _rejudge(
     scored = Scored(0, len(left), Counter(), done, manifest.samples, stops_rows=stops_rows)
     known = read_manifest(claim.folder)
     summary = read_summary(claim.folder)
-    if left or known is None or known.marks != manifest.marks:
+
+    def begin() -> None:
         # From here on the folder is not complete, whatever happens, and nothing is said of the verdicts.
         claim.reopen(keep_summary=True)
         if summary:
             write_summary(claim, {**summary, "estimates": {}, "pass_at_k": None, "unverified": None})
         write_manifest(claim, manifest, job.given())
+
+    if not left and (known is None or known.marks != manifest.marks):
+        begin()
     display.begin(sum(num_lacking(file, which) for file, which in left.items()))
 
     def on_judged(more: int) -> None:
@@ -263,8 +268,14 @@ def _rejudge(
             scored.reasons.update(table["verify_error"].drop_null().to_pylist())
             scored = replace(scored, judged=scored.judged + judged)
         is_whole = not scored.reasons[NOT_JUDGED]
+        if number == 0 and is_whole and which == "all":
+            _refuse_silent(file, tables)
         if is_whole or scored.judged > before:
+            if number == 0:
+                begin()
             replace_shard(claim, file, tables)
+        elif number == 0:
+            raise Stopped("stopped before the first verdict: the folder is as it was", stop.poll())
         if stop.poll() and not (is_whole and number + 1 == len(left)):
             raise Stopped(_stopped(claim.folder.path, scored.judged, display.total), stop.poll())
     shards = claimed_shards(claim)
@@ -290,6 +301,24 @@ def _rejudge(
     # Last: a folder with the mark is left alone by every later start, so that its figures must be there.
     mark_success(claim, shards, manifest.samples)
     return scored
+
+
+def _refuse_silent(file: ListedFile, tables: Sequence[pa.Table]) -> None:
+    """Raise JobError if the judge has no verdict for any sample of the first file, where the file's own verdicts would be lost
+    for that."""
+    ok = sum(map(count_ok, tables))
+    if not 0 < ok <= sum(map(count_without_verdict, tables)):
+        return
+    with open_shard(file) as parquet:
+        if "correct" not in verdict_names(parquet.schema_arrow):
+            return
+        earlier: pa.Table = parquet.read(["correct"])
+    if earlier["correct"].null_count < earlier.num_rows:
+        reason = next(each for table in tables for each in table["verify_error"].drop_null().to_pylist())
+        raise JobError(
+            f"verify: the judge gives no verdict for any of the first {counted(ok, 'sample')}, because {reason}; correct it. "
+            "The verdicts that the folder holds stay as they are"
+        )
 
 
 def _stopped(path: Path, judged: int, total: int) -> str:

@@ -188,10 +188,13 @@ class Judge:
             if isinstance(returned, Mapping):
                 columns = {name: value for name, value in returned.items() if name != "score"}
                 if unknown := [name for name in columns if name not in self._declared]:
-                    raise TypeError(f"it returned {unknown[0]!r}, which COLUMNS of its file does not declare")
+                    verdict = "" if "score" in returned else "; the verdict itself is returned as 'score'"
+                    raise TypeError(f"it returned {unknown[0]!r}, which COLUMNS of its file does not declare{verdict}")
                 given = {name: value for name, value in columns.items() if value is not None}
                 columns = {name: _plain(value, name, self._declared[name]) for name, value in given.items()}
-                returned = returned.get("score")
+                if "score" not in returned:
+                    return Verdict(None, None, "it returned no 'score', which is the verdict", columns)
+                returned = returned["score"]
             if returned is not None and hasattr(returned, "item"):  # A number of NumPy's or Torch's.
                 returned = returned.item()
             if returned is None:
