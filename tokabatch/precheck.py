@@ -92,7 +92,6 @@ def refuse_early(
         job.refuse_sharing()
     if not absent_gpu:
         refuse_without_gpu(job.model, job.engine)
-    _refuse_file_name(Path(job.output.path))
     check_output(Path(job.output.path), shared=shared)
     if job.verify is not None:
         verifier = verifier_path(job.verify.kind)
@@ -135,17 +134,6 @@ def refuse_early(
         earlier.compare_limit(job.input.limit)
     if earlier is not None and names and SAMPLING_PARAMS not in names:
         earlier.compare_n(job.generation.n)
-
-
-def _refuse_file_name(out: Path) -> None:
-    """Raise JobError if a new output folder has the name of a file."""
-    if out.suffix in (".jsonl", ".json", ".csv", ".parquet") and not out.exists():
-        folder = out.with_suffix("")
-        kind = "" if out.suffix == ".json" else out.suffix
-        raise JobError(
-            f"output.path {str(out)!r} is the name of a file, and the output is a folder of Parquet files; name a folder, such "
-            f"as {folder}. `tokabatch export {folder} --to {out.with_suffix(kind or '.jsonl')}` then writes one file"
-        )
 
 
 def _check_columns(job: Job, columns: PromptColumns) -> Collection[str]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from support.shards import write_rows
 
-from tokabatch.errors import CommitError, DamageError
+from tokabatch.errors import CommitError, DamageError, OutputError
 from tokabatch.output import claim as claims
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
@@ -34,6 +34,14 @@ def begin(out: Path) -> Claim:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     return claim
+
+
+def test_a_new_folder_does_not_get_the_name_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"of a file.*such as .*/a b\. `tokabatch export '.*/a b' --to '.*/a b\.jsonl'` then"):
+        Claim(tmp_path / "a b.json")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there.json").mkdir()
+    Claim(tmp_path / "there.json").release()
 
 
 @pytest.mark.parametrize("joiner", [False, True])

@@ -33,7 +33,7 @@ from tokabatch.errors import CommitError, DamageError, OutputError
 from tokabatch.output.folder import PLAN, OutputFolder
 from tokabatch.output.journal import Journal, Shard
 from tokabatch.output.lock import FolderLock
-from tokabatch.output.probe import PROBE, probe, refuse_foreign
+from tokabatch.output.probe import PROBE, probe, refuse_file_name, refuse_foreign
 from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish, write_whole
 from tokabatch.storage.listing import NO_MARK, Mark, is_there, list_files, mark_of, read_bytes, unreadable
 from tokabatch.storage.write_errors import is_full, may_pass, reason, remedy, unwritable
@@ -269,6 +269,7 @@ class Claim:
     def _prepare(self) -> None:
         folder = self.folder
         try:
+            refuse_file_name(folder)
             self._absolute = folder.path.absolute()
             for place in (folder.data, folder.path, *folder.path.parents):
                 if self.files.look(place, follow=False) is None:

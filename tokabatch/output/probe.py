@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 import tempfile
 from contextlib import suppress
@@ -31,6 +32,7 @@ def check_output(path: Path, *, shared: bool = False) -> None:
     if not shared and is_claimed(folder):
         raise busy(folder)
     try:
+        refuse_file_name(folder)
         # A dangling link is in the way, too.
         seen = ((place, folder.files.look(place, follow=False)) for place in (folder.data, path, *path.absolute().parents))
         nearest = next(place for place, found in seen if found is not None)
@@ -52,6 +54,19 @@ def check_output(path: Path, *, shared: bool = False) -> None:
             os.rmdir(tempfile.mkdtemp(prefix=".tokabatch-", dir=nearest))
         except OSError as error:
             raise _unwritable(path, f"no folder can be created in {nearest} ({error.strerror})") from error
+
+
+def refuse_file_name(folder: OutputFolder) -> None:
+    """Raise OutputError if a new output folder has the name of a file. Raises OSError if it cannot be looked for."""
+    path = folder.path
+    if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and folder.files.look(path) is None:
+        plain = path.with_suffix("")
+        file = path.with_suffix(".jsonl") if path.suffix == ".json" else path
+        export = f"tokabatch export {shlex.quote(str(plain))} --to {shlex.quote(str(file))}"
+        raise OutputError(
+            f"output.path {str(path)!r} is the name of a file, and the output is a folder of Parquet files; name a folder, "
+            f"such as {plain}. `{export}` then writes one file"
+        )
 
 
 def refuse_foreign(folder: OutputFolder) -> None:
