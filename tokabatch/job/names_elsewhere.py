@@ -9,8 +9,8 @@ from tokabatch.job.document import Path
 
 _KEYS = {
     **dict.fromkeys(("max_completion_tokens", "max_new_tokens", "max_length", "max_output_tokens"), "max_tokens"),
-    **dict.fromkeys(("stop_strings", "stop_sequences", "until"), "stop"),
-    **dict.fromkeys(("num_return_sequences", "num_samples"), "n"),
+    **dict.fromkeys(("stop_strings", "stop_sequences", "until", "stop_token", "eos_token"), "stop"),
+    **dict.fromkeys(("num_return_sequences", "num_samples", "repeats"), "n"),
     **dict.fromkeys(("min_new_tokens", "min_length"), "min_tokens"),
     **{"top_logprobs": "logprobs", "bad_words_ids": "bad_words", "sequence_bias": "logit_bias", "random_seed": "seed"},
     **{"eos_token_id": "stop_token_ids", "temp": "temperature"},
@@ -23,7 +23,9 @@ _KEYS = {
     **dict.fromkeys(("input.name", "input.config", "config_name", "dataset_config_name"), "input.subset"),
     **dict.fromkeys(("input.file", "input.files", "input.dir", "input.data"), "input.path"),
     **dict.fromkeys(("max_samples", "max_examples", "num_examples", "num_rows"), "input.limit"),
-    **{"input.template": "prompt.template", "prompt_template": "prompt.template"},
+    **{"input.type": "input.format", "test_split": "input.split", "output_type": "mode"},
+    **dict.fromkeys(("input.template", "prompt_template", "prompt.prompt", "prompt.text", "prompt.user"), "prompt.template"),
+    **{"doc_to_text": "prompt.template", "doc_to_choice": "prompt.continuations", "doc_to_target": "verify.answer"},
     **dict.fromkeys(("output_dir", "output_file", "output_path"), "output.path"),
     **dict.fromkeys(("output.dir", "output.folder", "output.file"), "output.path"),
     **dict.fromkeys(("verify.type", "verify.verifier", "verify.function"), "verify.kind"),
@@ -31,7 +33,7 @@ _KEYS = {
         ("verify.reference", "verify.target", "verify.label", "verify.gold", "verify.ground_truth", "verify.column"),
         "verify.answer",
     ),
-    **dict.fromkeys(("judge", "grader", "scorer", "evaluate", "metric"), "verify.kind"),
+    **dict.fromkeys(("judge", "grader", "scorer", "evaluate", "metric", "metric_list"), "verify.kind"),
     **{"num_fewshot": "prompt.few_shot.k", "system_prompt": "prompt.system", "system_instruction": "prompt.system"},
     **dict.fromkeys(("apply_chat_template", "use_chat_template"), "prompt.chat"),
     **dict.fromkeys(("tensor_parallel_size", "tp_size", "tp"), "engine.tensor"),
@@ -55,7 +57,14 @@ _VALUES = {
         **dict.fromkeys(("fp32", "f32", "float", "full", "torch.float32"), "float32"),
         **dict.fromkeys(("fp64", "f64", "double", "torch.float64"), "float64"),
     },
-    "engine.device": {"gpu": "cuda", "cuda:0": "cuda", "nvidia": "cuda"},
+    "engine.device": {
+        **dict.fromkeys(("gpu", "cuda:0", "nvidia"), "cuda"),
+        **{f"cuda:{number}": f"cuda, and start with CUDA_VISIBLE_DEVICES={number}" for number in range(1, 8)},
+    },
+    "mode": {
+        **dict.fromkeys(("chat", "completion", "completions", "generate_until", "sample"), "generate"),
+        **dict.fromkeys(("loglikelihood", "loglikelihood_rolling", "multiple_choice"), "score"),
+    },
 }
 """By key: how other tools write a value, and ours."""
 
@@ -79,6 +88,10 @@ _PROCESSES = "none is needed: as many processes are started as the host has use 
 _TIME = "no time limit applies to a sample; generation.max_tokens limits its length, and `tokabatch run --deadline` a start"
 _PADDING = "none is needed: nothing is padded"
 _CUT = "prompts are never cut; one that is too long becomes an error row"
+_AT_ONCE = "none is needed: as many samples run at once as the memory takes; engine.max_running limits them"
+_BATCH = "it is of OpenAI's API; `tokabatch batch REQUESTS.jsonl --model MODEL --to RESULTS.jsonl` answers its batch files"
+_SLURM = "it is an option of Slurm's; `tokabatch slurm JOB` writes a batch script and has them (--help)"
+_HOSTS = "none is needed: one start uses the GPUs of its host; several hosts share a job by `tokabatch slurm` or `run --on ray`"
 _TRACKING = "reporting to other services is not supported; the figures are in OUT/summary.json and `tokabatch status OUT`"
 _WITHOUT_KEY = {
     "do_sample": "none is needed: generation.temperature 0 picks the most likely token, any other value draws",
@@ -96,7 +109,21 @@ _WITHOUT_KEY = {
     **dict.fromkeys(
         ("echo", "prompt_logprobs"), "a sample is without its prompt; `mode: score` computes log-probabilities of given texts"
     ),
-    "skip_special_tokens": "none is needed: the column text is without special tokens, token_ids has them all",
+    **dict.fromkeys(
+        ("skip_special_tokens", "detokenize"),
+        "none is needed: the column text is without special tokens, token_ids has them all",
+    ),
+    "stream": "none is needed: finished samples are in OUT/data while the run goes on; `tokabatch serve` streams answers",
+    "penalty_alpha": "contrastive search is not supported; generation.temperature and top_p are",
+    **dict.fromkeys(("max_concurrency", "concurrency", "num_concurrent"), _AT_ONCE),
+    **dict.fromkeys(("custom_id", "endpoint", "completion_window"), _BATCH),
+    **dict.fromkeys(("nodes", "partition", "job_name", "gpus_per_node", "time", "mem", "account", "qos"), _SLURM),
+    **dict.fromkeys(("distributed_executor_backend", "num_nodes", "nnodes"), _HOSTS),
+    "num_scheduler_steps": "none is needed: steps are prepared while others are computed (engine.queue_depth)",
+    "load_format": "none is needed: weights are always read from *.safetensors",
+    "filter_list": "none is needed: a verifier finds the answer in the text itself (`tokabatch keys verify`)",
+    **dict.fromkeys(("fewshot_delimiter", "target_delimiter"), "write it where it belongs in prompt.template"),
+    "fewshot_split": "none is needed: the examples are a file of their own, prompt.few_shot.path",
     "include_stop_str_in_output": "the column text ends in front of the stop text; token_ids has its tokens",
     **dict.fromkeys(("pad_token_id", "pad_token", "padding", "padding_side"), _PADDING),
     **dict.fromkeys(("timeout", "max_time", "request_timeout"), _TIME),
@@ -105,7 +132,8 @@ _WITHOUT_KEY = {
     **dict.fromkeys(("enable_prefix_caching", "disable_radix_cache", "use_cache", "cache_prompt"), _SHARED),
     "enable_chunked_prefill": "none is needed: long prompts are always computed in parts (engine.max_step_tokens)",
     **dict.fromkeys(
-        ("enforce_eager", "disable_cuda_graph"), "none is needed: a GPU runs steps as CUDA graphs where that pays off"
+        ("enforce_eager", "disable_cuda_graph", "cuda_graphs"),
+        "none is needed: a GPU runs steps as CUDA graphs where that pays off",
     ),
     **dict.fromkeys(("attn_implementation", "attention_backend", "use_flash_attention_2", "flash_attn"), _KERNELS),
     "engine.backend": "there is one engine; the device decides which kernels it uses",
