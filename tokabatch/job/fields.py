@@ -50,6 +50,14 @@ def _path_text(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
+def _local_path(value: Any) -> Any:
+    if isinstance(value, str) and (found := re.match(r"([a-z][a-z0-9+.-]*)://", value)):
+        if found[1] == "file":
+            raise ValueError(f"is a URL; write the path itself: {value[found.end() :]}")
+        raise ValueError("is a URL, and results are written to a local folder; name one, and copy it once the run is complete")
+    return value
+
+
 def _tuple(value: Any) -> Any:
     # A YAML list arrives as a Python list, which strict types refuse; its items stay strict.
     return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType]
@@ -138,7 +146,7 @@ ModelPath = Annotated[_Path, Accepts("a Hugging Face id or a local folder", "met
 InputPath = Annotated[_Path, Accepts("a file, folder, glob or URL, or hf://datasets/OWNER/NAME", "data/*.jsonl")]
 FilePath = Annotated[_Path, Accepts("a path", "data/examples.jsonl")]
 Verifier = Annotated[_Path, Accepts("a verifier's name, or FILE.py, FILE.py:FUNCTION or MODULE:FUNCTION", "exact")]
-FolderPath = Annotated[_Path, Accepts("a folder's path", "out/first")]
+FolderPath = Annotated[_Path, BeforeValidator(_local_path), Accepts("a folder's path", "out/first")]
 OptionalFile = Annotated[_Text | None, BeforeValidator(_path_text), Accepts("a path, or null", "profile.json")]
 OptionalText = Annotated[_Text | None, Accepts("text, or null", "name")]
 OptionalModelPath = Annotated[

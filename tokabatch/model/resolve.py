@@ -36,6 +36,8 @@ def resolve_model(
         raise ModelError(f"{name}: is a file. {forms}")
     if found := re.fullmatch(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)(?:/.*)?", name):
         raise ModelError(f"{name}: is a web address; write {found[1]}")
+    if (found := re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w./-]+)", name)) and key != "model.tokenizer":
+        raise ModelError(f"{name}: the revision is given by itself; write {found[1]} as {key}, {found[2]} as {revision_key}")
     if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"{name}: no such folder{'' if local.is_absolute() else f' (looked in {Path.cwd()})'}. {forms}")
     # Half of what a start from a local folder imports before it reads anything, and unused there.

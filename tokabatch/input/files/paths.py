@@ -97,6 +97,11 @@ def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tupl
     place = f"{key} {path!r}"
     if path.startswith("hf://") and not path.startswith("hf://datasets/"):
         raise InputError(f"{place} is not a hub dataset; write hf://datasets/OWNER/NAME")
+    if page := re.fullmatch(
+        r"https?://(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)(/blob/.*|/viewer.*|/tree.*|/?)", path
+    ):
+        meant = path.replace("/blob/", "/resolve/") if page[2].startswith("/blob/") else f"hf://datasets/{page[1]}"
+        raise InputError(f"{place} is a web page; write {meant}")
     try:
         fs, root = cast("tuple[AbstractFileSystem, str]", url_to_fs(path))
     except ImportError as error:
