@@ -37,7 +37,6 @@ BAD_ROWS = [
     BadRow("two objects", b'{"prompt": "a"} {"prompt": "b"}', "bad_json", "Extra data"),
     BadRow("single quotes", b"{'prompt': 'a'}", "bad_json", "double quotes"),
     BadRow("trailing comma", b'{"prompt": "a",}', "bad_json", r"line \d+"),
-    BadRow("blank line", b"   ", "bad_json", "the line is empty"),
     BadRow("duplicate key", b'{"prompt": "a", "prompt": "b"}', "bad_json", "the key 'prompt' occurs twice"),
     BadRow("nested duplicate key", b'{"prompt": "a", "x": {"k": 1, "k": 1}}', "bad_json", "the key 'k' occurs twice"),
     BadRow("NaN", b'{"prompt": "a", "x": NaN}', "bad_json", "NaN is not JSON; write null or a number"),

@@ -56,7 +56,7 @@ def test_there_are_enough_of_them():
 @pytest.mark.parametrize("bad", BAD_ROWS, ids=lambda bad: bad.name)
 def test_alone(bad, model, tmp_path):
     file = tmp_path / "rows.jsonl"
-    # An input without the column at all would be refused as a whole; and blank lines at the end are no rows.
+    # An input without the column at all would be refused as a whole.
     file.write_bytes(bad.line + b'\n{"prompt": null}\n')
     summary = complete(model, file, tmp_path / "out", n=2)
     samples = read(tmp_path / "out")

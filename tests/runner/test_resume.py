@@ -195,6 +195,17 @@ def test_rows_at_the_end_extend_a_finished_run(go, rows, tmp_path):
         go()
 
 
+def test_rows_behind_a_blank_line_extend_a_finished_run(go, rows, tmp_path):
+    write_rows(rows, ["", *ROWS[:3], "", *ROWS[3:6], ""])
+    go()
+    write_rows(rows, ["", *ROWS[:3], "", *ROWS[3:6], "", "", *ROWS[6:]])
+    summary = go()
+    assert (summary.rows, summary.samples, summary.earlier, summary.errors) == (10, 30, 18, 0)
+    write_rows(rows, ROWS)
+    assert go().earlier == 30, "blank lines are no part of the rows"
+    assert table(tmp_path / "out") == (go(out="whole"), table(tmp_path / "whole"))[1]
+
+
 def test_rows_of_parquet_may_be_added_in_place_or_in_a_further_file(go, model, tmp_path):
     folder = tmp_path / "input"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""JSON Lines: every line is a row or a row with a fault, whatever its bytes are."""
+"""JSON Lines: every line that is not blank is a row or a row with a fault, whatever its bytes are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokabatch.errors import InputError
 from tokabatch.input.files.lines import split_lines
 from tokabatch.input.readers import open_path
 from tokabatch.input.readers.jsonl import JsonLinesReader
-from tokabatch.input.rows import Row
+from tokabatch.input.rows import Row, RowPlaces
 
 BAD_LINES = {
     "open": (b'{"a": 1', "bad_json"),
@@ -45,7 +45,6 @@ BAD_LINES = {
     "utf8_surrogate": (b'{"a": "\xed\xa0\x80"}', "bad_utf8"),
     "surrogate": (b'{"a": "\\ud800"}', "bad_unicode"),
     "surrogate_key": (b'{"\\uDC00": 1}', "bad_unicode"),
-    "blank": (b"  ", "bad_json"),
 }
 
 
@@ -71,12 +70,28 @@ def test_lines_end_at_newlines_only(write_rows: Callable[..., Path]) -> None:
     assert [row.columns for row in read(write_rows(line, {"a": "x"}))] == [{"a": separators}, {"a": "x"}]
 
 
-def test_byte_order_mark_last_line_and_trailing_blanks(tmp_path: Path) -> None:
+def test_byte_order_mark_and_last_line(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}')
     assert [row.columns for row in read(path)] == [{"a": 1}, {"a": 2}]
-    path.write_bytes(b'{"a": 1}\n\n \n')
-    assert [row.columns for row in read(path)] == [{"a": 1}]
+
+
+@pytest.mark.parametrize("packed", (bytes, gzip.compress, zstandard.compress))
+def test_blank_lines_are_no_rows_and_count_as_lines(packed: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / f"x.jsonl{'' if packed is bytes else '.gz' if packed is gzip.compress else '.zst'}"
+    path.write_bytes(packed(b'\xef\xbb\xbf\r\n{"a": 1}\n\n \t\r\n{"a": 2}\n{"a": 3}\n\n{"a"\n\n \n'))
+    batches = list(open_path(str(path)).batches())
+    rows = [row for batch in batches for row in batch.rows]
+    assert [(row.index, row.columns) for row in rows] == [(0, {"a": 1}), (1, {"a": 2}), (2, {"a": 3}), (3, None)]
+    places = RowPlaces([begin for batch in batches for begin in batch.begins])
+    assert [places.line(row).rpartition(" ")[2] for row in range(4)] == ["2", "5", "6", "8"]
+    assert rows[3].error is not None and "line 8" in rows[3].error.message
+
+
+def test_blank_lines_do_not_hide_that_a_file_is_not_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"question,answer\n\n" * 200)
+    with pytest.raises(InputError, match="not JSON Lines: not one of its first 100 lines"):
+        read(tmp_path / "x.jsonl")
 
 
 def test_valid_escapes_pass(write_rows: Callable[..., Path]) -> None:

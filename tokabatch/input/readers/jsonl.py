@@ -1,7 +1,7 @@
 """JSON Lines, plain or compressed with gzip or zstd: one object per line, every faulty line a row with an error.
 
-Lines are separated by `\\n`. Blank lines at the end of a file are no rows; a blank line before another row is an error row, so
-that line numbers and rows stay aligned. A file whose first lines are all faulty is not JSON Lines and is refused as a whole.
+Lines are separated by `\\n`; blank ones are no rows. A file whose first lines are all faulty is not JSON Lines and is refused
+as a whole.
 """
 
 from __future__ import annotations
@@ -72,12 +72,15 @@ class JsonLinesReader:
     def _lines(self) -> Iterator[tuple[InputFile, Line, Sequence[LineRow]]]:
         """Iterate over the lines, each with its rows."""
         for file in self.files:
-            leading = 0
-            for line in _without_trailing_blanks(read_lines(file, self.max_line_bytes)):
+            leading = before = 0
+            for line in read_lines(file, self.max_line_bytes):
                 if line.number == 1 and line.data is not None:
                     line = replace(line, data=line.data.removeprefix(BYTE_ORDER_MARK))
+                if line.data is not None and (not line.data or line.data.isspace()):
+                    continue
                 rows = self._rows(file, line)
-                leading += rows[0].columns is None and leading == line.number - 1
+                leading += rows[0].columns is None and leading == before
+                before += 1
                 if leading == MAX_LEADING_FAULTS:
                     raise InputError(
                         f"{file.path} is not JSON Lines: not one of its {first_counted(leading, 'line')} is an object "
@@ -93,8 +96,6 @@ class JsonLinesReader:
             limit = self.max_line_bytes
             fault = f"{place}: the line is {counted(line.length, 'byte')} long, the limit is {limit}; is the file JSON Lines?"
             return [LineRow(None, b"", RowError(BAD_JSON, fault))]
-        if not line.data.strip():
-            return [LineRow(None, b"", RowError(BAD_JSON, f"{place}: the line is empty"))]
         parsed = parse_object(line.data)
         if isinstance(parsed, RowError):
             return [LineRow(None, b"", RowError(parsed.code, f"{place}: {parsed.message}"))]
@@ -104,14 +105,3 @@ class JsonLinesReader:
 def open_files(name: str, files: tuple[InputFile, ...]) -> JsonLinesReader:
     """Open `.jsonl` files: the registry's entry point."""
     return JsonLinesReader(name, files)
-
-
-def _without_trailing_blanks(lines: Iterator[Line]) -> Iterator[Line]:
-    blanks: list[Line] = []
-    for line in lines:
-        if line.data is not None and not line.data.strip():
-            blanks.append(line)
-            continue
-        yield from blanks
-        blanks = []
-        yield line
