@@ -113,6 +113,27 @@ class TestAccepted:
     def test_an_empty_section_has_its_defaults(self, tmp_path: Path) -> None:
         assert Job.load(write(tmp_path, HEADER + "engine:\ngeneration:\n")) == Job.load(MINIMAL)
 
+    def test_a_null_leaves_a_key_at_its_default(self) -> None:
+        nulls = dict.fromkeys(GenerationConfig.model_fields)
+        assert Job.load({**MINIMAL, "generation": nulls}).generation == GenerationConfig()
+        job = Job.load({**MINIMAL, "generation": {"n": 3, "stop": "x"}}, "generation.stop=null", "generation.seed=null")
+        assert (job.generation.n, job.generation.stop, job.generation.seed) == (3, (), 0)
+        assert job.generation.model_fields_set == {"n"}, "the model's generation_config.json may set it"
+        assert Job.load(MINIMAL, "errors=null", "engine.page_size=null", "mode=null") == Job.load(MINIMAL)
+        with pytest.raises(JobError, match=r"`input\.path=null`: got null; accepts a file"):
+            Job.load(MINIMAL, "input.path=null")
+
+    def test_examples_are_shown_with_their_answers(self) -> None:
+        with pytest.raises(JobError, match=r"few_shot\.template: missing; .*Answer: \{\{ answer \}\}"):
+            Job.load(MINIMAL, "prompt.few_shot.path=d.jsonl")
+
+    def test_a_template_without_quotes_is_refused_once(self, tmp_path: Path) -> None:
+        path = tmp_path / "job.yaml"
+        path.write_text("model: {path: m}\ninput: {path: x}\noutput: {path: o}\nprompt: {template: {{ question }}}\n")
+        with pytest.raises(JobError) as refused:
+            Job.load(path)
+        assert str(refused.value).count("\n") == 0 and "quote text in {{ … }}" in str(refused.value)
+
     @pytest.mark.parametrize("none", ["null", "~"])
     def test_an_optional_section_may_be_null(self, tmp_path: Path, none: str) -> None:
         path = write(tmp_path, HEADER + f"verify: {none}\nprompt: {{few_shot: {none}}}\n")
@@ -207,7 +228,6 @@ class TestRefusedFiles:
             ),
             ("generation: {n: true}", "got true; accepts a whole number"),
             ("generation: {n: 0}", "got the number 0; accepts a whole number from 1 to 1,000,000"),
-            ("generation: {n: null}", "got null; accepts a whole number from 1 to 1,000,000"),
             ("generation: {n: 3000000000}", "got the number 3000000000"),
             ("generation: {n: [4]}", "got a list; accepts a whole number"),
             ("generation: {temperature: true}", "got true; accepts a number from 0 to 1,000,000"),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.fields import FieldInfo
 
 from tokabatch.errors import JobError
@@ -20,9 +20,20 @@ from tokabatch.job.scalars import write_value
 
 
 class Section(BaseModel):
-    """Frozen; refuses unknown keys and values of another type."""
+    """Frozen; refuses unknown keys and values of another type. A null leaves a key that has another default as if it were not
+    given."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), validate_default=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        given = cast("Mapping[Any, Any]", values)
+        return {
+            key: value for key, value in given.items() if value is not None or not _means_default(cls.model_fields.get(key))
+        }
 
     def __setattr__(self, name: str, value: object) -> None:
         raise JobError(
@@ -103,6 +114,11 @@ def takes_list(info: FieldInfo) -> bool:
     union = get_origin(info.annotation) in (Union, types.UnionType)
     kinds = get_args(info.annotation) if union else (info.annotation,)
     return any(get_origin(kind) is tuple for kind in kinds)
+
+
+def _means_default(info: FieldInfo | None) -> bool:
+    """Return whether a null means the default of a field, which is another value."""
+    return info is not None and not info.is_required() and info.default is not None
 
 
 def field_at(model: type[BaseModel], path: Sequence[str | int]) -> FieldInfo | None:

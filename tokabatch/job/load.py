@@ -22,7 +22,7 @@ from tokabatch.errors import JobError
 from tokabatch.job.control_characters import control_characters
 from tokabatch.job.document import Path, parse_document
 from tokabatch.job.keys import field_at, section_of, takes_list
-from tokabatch.job.refusals import Refusal, dotted, refusals_of
+from tokabatch.job.refusals import PYTHON_NONE, Refusal, dotted, refusals_of
 from tokabatch.job.scalars import parse_scalar
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -44,6 +44,8 @@ class _Draft:
     """(sort key, text): by line, then problems without a line, then overrides."""
     empty: frozenset[Path] = frozenset()
     """Keys of the file with nothing after them."""
+    misread: frozenset[Path] = frozenset()
+    """Keys of the file about which the document has a problem: their values may not be what was written."""
     dashed: dict[Path, str] = field(default_factory=dict)
     """Keys of the file whose text may be meant as a list, and what to write for one."""
 
@@ -80,16 +82,16 @@ def load_model(model: type[Model], source: object, overrides: Sequence[object]) 
     _refuse_empty_sections(model, draft)
     _refuse_dashes(model, draft)
     draft.problems += [_located(draft, refusal) for refusal in control_characters(draft.values)]
-    # `engine:` with nothing under it, and an omitted section with required keys, read as empty mappings.
+    # A required section that is omitted, or has nothing under it, reads as an empty mapping: messages name its keys.
     for name, info in model.model_fields.items():
-        empty = draft.values.get(name) is None
-        if empty and section_of(info.annotation) is info.annotation and (name in draft.values or info.is_required()):
+        if info.is_required() and draft.values.get(name) is None and section_of(info.annotation) is not None:
             draft.values[name] = {}
     loaded: Model | None = None
     try:
         loaded = model.model_validate(draft.values)
     except ValidationError as error:
-        draft.problems += [_located(draft, refusal) for refusal in refusals_of(model, error, draft.values)]
+        refusals = refusals_of(model, error, draft.values)
+        draft.problems += [_located(draft, refusal) for refusal in refusals if refusal.path not in draft.misread]
     else:
         draft.problems += [_located(draft, refusal) for refusal in _python_nones(model, draft.values)]
     if loaded is None or draft.problems:
@@ -99,14 +101,13 @@ def load_model(model: type[Model], source: object, overrides: Sequence[object]) 
 
 
 def _python_nones(model: type[BaseModel], values: Mapping[str, Any], path: Path = ()) -> Iterator[Refusal]:
-    """Iterate over one refusal for each text `None` of a key that may be left out: Python's word, which is a text in YAML."""
+    """Iterate over one refusal for each text `None` of a key that means none by default: Python's word, a text in YAML."""
     for key, value in values.items():
         info = field_at(model, (*path, key))
         if isinstance(value, Mapping):
             yield from _python_nones(model, cast("Mapping[str, Any]", value), (*path, key))
         elif value == "None" and info is not None and info.default in (None, ()):
-            written = "null" if info.default is None else "[]"
-            yield Refusal((*path, key), f"None is a text in YAML; write {written}")
+            yield Refusal((*path, key), PYTHON_NONE)
 
 
 def _copied(value: Any) -> Any:
@@ -125,7 +126,8 @@ def _draft_of_file(path: pathlib.Path) -> _Draft:
     if not isinstance(document.values, dict):
         found = "nothing" if document.values is None else "a list" if isinstance(document.values, list) else "plain text"
         raise JobError(f"{path}: holds {found}; a job file is a mapping of sections, for example `model: {{path: …}}`")
-    draft = _Draft(str(path), document.values, document.lines, empty=document.empty, dashed=document.dashed)
+    misread = frozenset(key_path for key_path, _, _ in document.problems)
+    draft = _Draft(str(path), document.values, document.lines, empty=document.empty, misread=misread, dashed=document.dashed)
     for key_path, line, message in document.problems:
         draft.problems.append((line, ": ".join(filter(None, (f"{path}:{line}", dotted(key_path), message)))))
     return draft

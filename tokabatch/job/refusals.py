@@ -24,6 +24,7 @@ from tokabatch.job.names_elsewhere import our_name, our_value, why_none
 from tokabatch.job.scalars import write_value
 
 _SHOWN = 60
+PYTHON_NONE = "None is a text in YAML; write null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,8 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
     if details["type"] == "missing":
         return Refusal(path, f"missing; accepts {accepts.what}", example=accepts.example)
     given = _lookup(values, path)
+    if given == "None" and len(keys) == len(path) and not info.is_required():
+        return Refusal(path, PYTHON_NONE)
     if ours := our_value(path, given) or _in_a_file(path, given):
         return Refusal(path, f"got {_describe(given)}; write {ours}")
     wants_text = details["type"] == "string_type" and isinstance(given, bool | int | float)

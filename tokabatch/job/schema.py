@@ -65,7 +65,10 @@ class FewShotConfig(Section):
 
     path: fields.FilePath = Field(description="File of examples, read as input.path is.")
     k: fields.Count = Field(default=4, description="Number of examples: the first k of the file.")
-    template: fields.Template = Field(description="Jinja template of one example.")
+    template: fields.Template = Field(
+        examples=['"Question: {{ question }}\\nAnswer: {{ answer }}\\n\\n"'],
+        description="Jinja template of one example, its answer included.",
+    )
 
 
 class PromptConfig(Section):
