@@ -165,6 +165,11 @@ def test_refusals_name_the_field(url, body, param, code):
     assert told == {"message": error.message, "type": "invalid_request_error", "param": param, "code": code}
 
 
+def test_a_name_of_another_tool_is_told_as_ours():
+    assert "did you mean temperature?" in refused(CHAT, temp=1).message
+    assert "did you mean max_tokens?" in refused(COMPLETIONS, max_new_tokens=1).message
+
+
 def test_other_urls_and_bodies_are_refused():
     other = parse_request("/v1/embeddings", {"model": "m"})
     assert isinstance(other, ApiError) and other.status == 404 and "/v1/embeddings" in other.message

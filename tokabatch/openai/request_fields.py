@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from tokabatch.job.names_elsewhere import our_name
 from tokabatch.openai.errors import ApiError, unsupported
 
 SETTINGS = (
@@ -85,7 +86,8 @@ def refuse_field(name: str, value: Any, chat: bool) -> ApiError | None:
         return unsupported(name, f"can only be {written}; {_INSTEAD.get(name, 'leave it out')}")
     if name in _REFUSED:
         return unsupported(name, f"is not supported; {_INSTEAD.get(name, 'leave it out')}")
-    near = get_close_matches(name, known, n=1)
+    ours = our_name((name,))
+    near = [ours] if ours in known else get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     if name in _OF_CHAT | _OF_COMPLETIONS:
         hint = f"; it belongs to {'/v1/completions' if chat else '/v1/chat/completions'}"

@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tokabatch.errors import InputError
 from tokabatch.input.files.paths import would_read
 from tokabatch.input.prompts.few_shot import render_few_shot
-from tokabatch.input.readers import formats, open_path, open_reader
+from tokabatch.input.readers import describe_unused, formats, open_path, open_reader
 from tokabatch.job import FewShotConfig, InputConfig
 
 
@@ -66,6 +66,17 @@ def test_subset_and_split_are_accepted_for_files_but_not_beside_other_splits(fol
     (folder / "a.jsonl").rename(folder / "train_sft-00000-of-00001.jsonl")
     with pytest.raises(InputError, match="more than the split 'train_sft'"):
         read(folder, "train_sft")
+
+
+def test_a_split_that_selects_nothing_is_noted(folder: Path) -> None:
+    def noted(path: Path, split: str | None) -> str:
+        return "".join(describe_unused(InputConfig(path=str(path), subset="main", split=split)))
+
+    assert "input.split is 'test', but selects rows of a hub dataset alone" in noted(folder / "a.jsonl", "test")
+    assert noted(folder / "a.jsonl", None) == ""
+    (folder / "a.jsonl").rename(folder / "gsm8k_test.jsonl")
+    assert noted(folder / "gsm8k_test.jsonl", "test") == ""
+    assert describe_unused(InputConfig(path="hf://datasets/openai/gsm8k", split="test")) == ()
 
 
 def test_the_case_of_an_extension_says_nothing(tmp_path: Path) -> None:

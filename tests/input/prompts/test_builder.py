@@ -274,6 +274,32 @@ def test_the_context_is_never_silently_short(write_rows: Write, ingest_job: Inge
     assert "45 tokens and max_tokens is 56, together 101; the model's context is 100" in store.errors[1].message
 
 
+def test_rows_that_max_tokens_makes_too_long_are_noted_with_the_value_that_fits(write_rows: Write, ingest_job: Ingest) -> None:
+    own = {"prompt_token_ids": [1] * 90, "sampling_params": {"max_tokens": 50}}
+    path = write_rows(*({"prompt_token_ids": [1] * length} for length in (3, 20, 30, 200)), own)
+    store = ingest_job(path, context=100, generation={"max_tokens": 90})
+    assert codes(store) == dict.fromkeys((1, 2, 3, 4), "prompt_too_long")
+    assert [note for note in store.notes if "max_tokens" in note] == [
+        "2 rows are too long beside generation.max_tokens alone: with 70 or less, or with `context`, each fits the model's "
+        "context of 100 tokens"
+    ]
+    assert codes(ingest_job(path, context=100, generation={"max_tokens": 70})) == {3: "prompt_too_long", 4: "prompt_too_long"}
+
+
+def test_examples_from_the_input_itself_are_noted_once(tmp_path: Path, write_rows: Write, ingest_job: Ingest) -> None:
+    path = write_rows({"q": "1+1", "a": 2}, {"q": "2+2", "a": 4}, {"q": "3+3", "a": 6})
+    other = write_rows({"q": "1+1", "a": 2}, {"q": "2+2", "a": 4}, name="shots.jsonl")
+
+    def found(shots: Path) -> list[str]:
+        few_shot = {"path": str(shots), "k": 2, "template": "Q: {{ q }} A: {{ a }}"}
+        store = ingest_job(path, prompt={"template": "Q: {{ q }} A:", "few_shot": few_shot})
+        return [note for note in store.notes if "few_shot" in note]
+
+    assert found(other) == []
+    (note,) = found(path)
+    assert "is input, too: its first 2 rows (prompt.few_shot.k)" in note
+
+
 def test_a_giant_prompt_costs_one_row(write_rows: Write, ingest_job: Ingest) -> None:
     path = write_rows({"prompt": "ab " * 7_000_000}, {"prompt": "short"})
     store = ingest_job(path)

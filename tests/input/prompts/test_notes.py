@@ -48,6 +48,12 @@ def notes(prompt: dict[str, Any], **facts: Any) -> str:
         ({"template": "\right) {{ question }}"}, {}, "a carriage return in front of 'ight', as"),
         ({"template": "{{ question }} \neq 0"}, {}, "put the template in single quotes or below a block `|`"),
         ({"template": "{{ question }} \u2028ambda"}, {}, r"holds the character U+2028 in front of 'ambda', as \Lambda becomes"),
+        (
+            FEW_SHOT | {"few_shot": {"path": "x", "template": "Q: {{ question }}\nA:"}},
+            {},
+            "prompt.few_shot.template shows no column that a prompt does not (question), so the examples may lack their",
+        ),
+        ({"few_shot": {"path": "x", "template": "{{ prompt }}"}}, {}, r'as in "Question: {{ question }}\nAnswer: {{ answer }}'),
         (FEW_SHOT | {"few_shot": {"path": "x", "template": r"{{ q }}\n"}}, {}, "prompt.few_shot.template holds a backslash"),
         (
             {},
@@ -80,6 +86,8 @@ def test_it_says_what_to_write(prompt: dict[str, Any], facts: dict[str, Any], sa
         ({"template": "{{ question }}\tto\tan\ttext\nu\ne\rhone\u2028Left"}, {}),
         ({"template": "{{ question }}", "system": "Be {brief}."}, {}),
         ({"template": "<|end|>{{ question }}"}, {}),
+        (FEW_SHOT | {"few_shot": {"path": "x", "template": "{{ question }} {{ answer }}"}}, {}),
+        ({"few_shot": {"path": "x", "template": "{{ text }}"}}, {}),
         ({}, {}),
     ],
 )

@@ -84,6 +84,8 @@ class PromptBuilder:
         self.columns = self._source.columns | {self._given or SAMPLING_PARAMS}
         self._config = config
         self._spelled = Spelled()
+        self._without_room, self._least_room = 0, limits.context_length
+        """Of prompts that the job's max_tokens makes too long: how many, and the least that one leaves of the context."""
 
     @property
     def own_columns(self) -> PromptColumns:
@@ -112,7 +114,16 @@ class PromptBuilder:
         of_whole = (f"the input has no column {self._given!r} (prompt.continuations): each row's whole text is scored",)
         templated = self._given is not None and self.chat and self._config.chat == "auto" and self._config.messages is None
         of_chat = ("mode is score, and texts go through the chat template; write prompt.chat: false to score them as they are",)
-        notes = (*(of_whole if whole else ()), *(of_chat if templated else ()))
+        rows_found = counted(self._without_room, "row is", "rows are")
+        of_room = (
+            f"{rows_found} too long beside generation.max_tokens alone: with {self._least_room} or less, or with `context`, "
+            f"each fits the model's context of {counted(self._limits.context_length, 'token')}",
+        )
+        notes = (
+            *(of_whole if whole else ()),
+            *(of_chat if templated else ()),
+            *(of_room if self._without_room and self._given is None else ()),
+        )
         return (*self._source.describe(present), *described, *notes)
 
     def build(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
@@ -299,6 +310,9 @@ class PromptBuilder:
         if room < least:
             name = "max_tokens" if params.max_tokens else "min_tokens"
             given = f" and {name} is {least}, together {len(ids) + least}" if params.max_tokens or params.min_tokens else ""
+            if room > 0 and params.max_tokens and params.max_tokens == self._settings.of_job.max_tokens:
+                self._without_room += 1
+                self._least_room = min(self._least_room, room)
             return RowError(
                 "prompt_too_long",
                 f"the prompt has {counted(len(ids), 'token')}{given}; the model's context is {self._limits.context_length}",

@@ -1,5 +1,5 @@
-"""Notes on prompts that may not be what their author intended: all alike, with chat markup twice or as plain text, or with a
-backslash and a letter in place of a newline."""
+"""Notes on prompts that may not be what their author intended: all alike, with chat markup twice or as plain text, with a
+backslash and a letter in place of a newline, or behind examples that lack answers or hold those of the row itself."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from tokabatch.input.missing import list_columns
+from tokabatch.input.prompts.columns import PROMPT
 from tokabatch.input.prompts.templates import compile_template
+from tokabatch.input.readers import list_local_files
 from tokabatch.input.rows import NO_PLACES, RowPlaces
-from tokabatch.job import GenerationConfig, PromptConfig
+from tokabatch.job import FewShotConfig, GenerationConfig, InputConfig, Job, PromptConfig
+from tokabatch.job.keys import accepts_of
+from tokabatch.number_text import first_counted
 
 _PLAIN_NAMES = frozenset(("n", "seed", "stop"))
 """Settings with names that ordinary data columns may have."""
@@ -65,6 +69,7 @@ def describe_prompts(
     return (
         *_describe_settings(columns, read),
         *_describe_templates(config, rows, columns),
+        *_describe_examples(config),
         *_describe_markup(config, spelled, chat, special_texts, places),
     )
 
@@ -108,6 +113,34 @@ def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str
             yield f"prompt.{key} names no column{so}; {remedy}"
         elif remedy:
             yield f"prompt.{key} has names of columns in single braces, which are plain text; {remedy}"
+
+
+def _describe_examples(config: PromptConfig) -> Iterator[str]:
+    """Note few-shot examples that show no more of their rows than the prompts do of theirs."""
+    if config.few_shot is None:
+        return
+    shown = compile_template(config.few_shot.template, "prompt.few_shot.template").names
+    asked = compile_template(config.template, "prompt.template").names if config.template else frozenset((PROMPT,))
+    if shown and shown <= asked:
+        yield (
+            f"prompt.few_shot.template shows no column that a prompt does not ({', '.join(sorted(shown))}), so the examples "
+            "may lack their answers; an answer is written like any column, as in "
+            f"{accepts_of(FewShotConfig.model_fields['template']).example}"
+        )
+
+
+def describe_shots(job: Job) -> tuple[str, ...]:
+    """Return a note if few-shot examples are rows of the input, so that these see their own answers."""
+    few_shot, files = job.prompt.few_shot, list_local_files(job.input)
+    if few_shot is None or not files:
+        return ()
+    shots = list_local_files(InputConfig(path=few_shot.path)) or ()
+    if not shots or shots[0].resolve() not in {file.resolve() for file in files}:
+        return ()
+    return (
+        f"prompt.few_shot.path {few_shot.path} is input, too: its {first_counted(few_shot.k, 'row')} (prompt.few_shot.k) are "
+        "completed behind examples that hold their own answers; keep the examples in a file of their own",
+    )
 
 
 def _describe_markup(

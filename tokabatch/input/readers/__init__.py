@@ -10,6 +10,7 @@ import importlib
 import os
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
@@ -30,18 +31,40 @@ def open_reader(config: InputConfig) -> Reader:
     path = config.path
     if _is_hub_dataset(path):
         return importlib.import_module(f"{__name__}.{HUB}").open_dataset(path, config.subset, config.split)
-    for key, part in (("subset", config.subset), ("split", config.split)):
-        files = [file.path for file in find_files(path, formats(), "input.path")[1]] if part else []
-        above = len(os.path.commonpath(files)) if files else 0
-        # A split's name may itself hold a dot or an underscore: `train_sft-00000-of-00002.parquet`.
-        named = re.compile(rf"(?<![^\W_]){re.escape(part or '')}(?![^\W_])")
-        others = [file for file in files if not named.search(file, above)]
+    for key, part, files in _of_hub_alone(config):
+        above = len(os.path.commonpath(files))
+        others = [file for file in files if not _names(file, part, above)]
         if 0 < len(others) < len(files):
             raise InputError(
                 f"input.path {path!r} holds more than the {key} {part!r}, and input.{key} selects nothing among files: "
                 f"{others[0]} would be read, too. Name only the files to read, for example by a pattern"
             )
     return open_path(path)
+
+
+def describe_unused(config: InputConfig) -> tuple[str, ...]:
+    """Return a note if there is a `split`, but the input is files, and neither one of them nor its folder is named after it. A
+    local copy of one split seldom has the name of its `subset`."""
+    return tuple(
+        f"input.{key} is {part!r}, but selects rows of a hub dataset alone (hf://datasets/OWNER/NAME): input.path "
+        f"{config.path!r} is read as a whole"
+        for key, part, files in _of_hub_alone(config)
+        if key == "split" and not any(_names("/".join(file.split("/")[-2:]), part) for file in files)
+    )
+
+
+def _of_hub_alone(config: InputConfig) -> Iterator[tuple[str, str, list[str]]]:
+    """Iterate over those of the keys `subset` and `split` that are given, with their value and the files; none for a dataset of
+    the hub."""
+    for key, part in (("subset", config.subset), ("split", config.split)):
+        if part and not _is_hub_dataset(config.path):
+            yield key, part, [file.path for file in find_files(config.path, formats(), "input.path")[1]]
+
+
+def _names(file: str, part: str, above: int = 0) -> bool:
+    """Return whether a file's path has the name of a subset or split in it, behind its first `above` characters."""
+    # A split's name may itself hold a dot or an underscore: `train_sft-00000-of-00002.parquet`.
+    return re.compile(rf"(?<![^\W_]){re.escape(part)}(?![^\W_])").search(file, above) is not None
 
 
 def open_path(path: str, key: str = "input.path") -> Reader:

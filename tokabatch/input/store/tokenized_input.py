@@ -21,6 +21,8 @@ from tokabatch.input.batch_files import PROMPT_INDEX, open_rows, settle_format
 from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.input.prompts.builder import Limits, Prompt, PromptBuilder
 from tokabatch.input.prompts.columns import check_columns, check_first_rows
+from tokabatch.input.prompts.notes import describe_shots
+from tokabatch.input.readers import describe_unused
 from tokabatch.input.rows import Reader, RowBatch, RowPlaces, no_rows
 from tokabatch.input.store.columns import Columns, ColumnSpool, open_column_spool, restore_columns
 from tokabatch.input.store.disk_arrays import ArraySpool, Texts, open_array
@@ -310,7 +312,7 @@ class _Spools:
             errors=self.errors,
             column_schema=_selected(columns.schema, names),
             chat=builder.chat,
-            notes=builder.describe(self.names, self.num_rows, places),
+            notes=(*builder.describe(self.names, self.num_rows, places), *describe_shots(job), *describe_unused(job.input)),
             hidden_rows=builder.hidden_rows,
             digests=self._digests.finish(),
             places=places,
