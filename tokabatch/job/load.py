@@ -45,7 +45,7 @@ class _Draft:
     empty: frozenset[Path] = frozenset()
     """Keys of the file with nothing after them."""
     misread: frozenset[Path] = frozenset()
-    """Keys of the file about which the document has a problem: their values may not be what was written."""
+    """Keys of the file whose value the document could not read, on the key's own line."""
     dashed: dict[Path, str] = field(default_factory=dict)
     """Keys of the file whose text may be meant as a list, and what to write for one."""
 
@@ -126,7 +126,7 @@ def _draft_of_file(path: pathlib.Path) -> _Draft:
     if not isinstance(document.values, dict):
         found = "nothing" if document.values is None else "a list" if isinstance(document.values, list) else "plain text"
         raise JobError(f"{path}: holds {found}; a job file is a mapping of sections, for example `model: {{path: …}}`")
-    misread = frozenset(key_path for key_path, _, _ in document.problems)
+    misread = frozenset(key for key, line, _ in document.problems if document.lines.get(key) == line)
     draft = _Draft(str(path), document.values, document.lines, empty=document.empty, misread=misread, dashed=document.dashed)
     for key_path, line, message in document.problems:
         draft.problems.append((line, ": ".join(filter(None, (f"{path}:{line}", dotted(key_path), message)))))
