@@ -170,6 +170,7 @@ async def _serve(
             signal.signal(number, handler)
     if engine.failed.is_set() and engine.failure is not None:
         raise engine.failure
+    tell("stopped")
     return 0
 
 
