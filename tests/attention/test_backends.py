@@ -126,9 +126,11 @@ def test_backend_equals_dense_attention(case, workload):
 
 
 @pytest.mark.parametrize("case", [each for each in CASES if each.values[0].backend == "flashinfer_paged"])
-@pytest.mark.parametrize(("fewest", "page_size"), [(1, 16), (40, 16), (1, 128)])
-def test_keys_that_are_copied_out_of_their_pages(case, fewest, page_size, monkeypatch):
-    """Those of prompts and of prefixes, in full pages and in others; with 40, not all are copied."""
+@pytest.mark.parametrize(("fewest", "block"), [(1, 4096), (40, 4096), (1, 256)])
+def test_keys_that_are_copied_out_of_their_pages(case, fewest, block, monkeypatch):
+    """Those of prompts and of prefixes, in full pages and in others; with 40, not all are copied. A page is
+    copied in one part, or in several."""
+    monkeypatch.setattr("tokabatch.attention.triton_page_store._BLOCK", block)
     if case.device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     for name, value in {"COPIED_ROWS": fewest, "LONG_PREFILL": 1, "TILE_QUERIES": 1}.items():
@@ -137,7 +139,7 @@ def test_keys_that_are_copied_out_of_their_pages(case, fewest, page_size, monkey
     copy_out = module.copy_out
     monkeypatch.setattr(module, "copy_out", lambda *args: (copies.append(len(args[1])), copy_out(*args)))
     head = [i % 4 for i in range(70)]
-    check_workload(case, [[*head, *[index] * (5 * index + 1)] for index in range(4)], page_size, GroupingLimits(1, 1))
+    check_workload(case, [[*head, *[index] * (5 * index + 1)] for index in range(4)], 16, GroupingLimits(1, 1))
     assert copies
 
 

@@ -127,9 +127,12 @@ def test_an_edited_script_is_replaced_only_if_that_is_requested(tmp_path, monkey
     given = ["slurm", str(ROOT / "jobs/quickstart.yaml"), "--to", "job.sbatch"]
     assert CliRunner().invoke(app, given).exit_code == CliRunner().invoke(app, given).exit_code == 0
     written = Path("job.sbatch").read_text()
-    Path("job.sbatch").write_text(edited := written + "# mine\n")
+    assert CliRunner().invoke(app, [*given, "--tasks", "3"]).exit_code == 0, "with other options it is replaced"
+    assert Path("job.sbatch").read_text() != written
+    assert CliRunner().invoke(app, given).exit_code == 0 and Path("job.sbatch").read_text() == written
+    Path("job.sbatch").write_text(edited := written.replace("exit $status", "exit 0"))
     refused = str(CliRunner().invoke(app, given).exception)
-    assert "differs from this script" in refused and "--overwrite" in refused and "--to" in refused
+    assert "was edited" in refused and "--overwrite" in refused and "--to" in refused
     assert Path("job.sbatch").read_text() == edited
     assert CliRunner().invoke(app, [*given, "--overwrite"]).exit_code == 0 and Path("job.sbatch").read_text() == written
 

@@ -140,7 +140,7 @@ class TestPlan:
     def test_figures(self) -> None:
         shown = facts(plan_sections(a_plan(error_counts=(("bad_json", 2), ("empty_prompt", 1)))))
         assert shown["rows"] == "100, 3 with errors" and shown["error bad_json"] == "2"
-        strict = a_plan(error_counts=(("bad_json", 2), ("bad_row", 1)), max_error_fraction=0.02)
+        strict = a_plan(error_counts=(("bad_json", 2), ("bad_row", 1)), error_samples=12, max_error_fraction=0.02)
         assert strict.has_too_many_errors
         too_many = "100, 3 with errors, more than errors.max_fraction (0.02) allows: the run would end with exit code 3"
         assert facts(plan_sections(strict))["rows"] == too_many

@@ -569,6 +569,24 @@ def test_a_judge_without_any_verdict_costs_no_earlier_ones(rows: Path, judge: Pa
         assert check(out).exit_code == 0 and (out / "_SUCCESS").exists()
 
 
+def test_a_killed_one_continues_with_a_file_that_the_judge_fails_on(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, judge = tmp_path / "out", tmp_path / "late.py"
+    judge.write_text("def verify(text, row):\n    return row['answer'] == '0' or row['late']\n")
+    scripted_run(rows, out, verify=OLD, output={"rows_per_shard": 2})
+    replace_shard = existing_results.replace_shard
+
+    def once(*arguments: Any) -> None:
+        replace_shard(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scoring, "replace_shard", once)
+        score(out, [f"verify.kind={judge}", "verify.answer=null"])
+    assert score(out).reasons["KeyError: 'late'"] == 22 and check(out).exit_code == 0
+
+
 def test_error_rows_are_no_samples_without_a_verdict(rows: Path, judge: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     scripted_run(rows, out, verify={"kind": str(judge)})

@@ -7,6 +7,7 @@ container, where scontrol is available.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import subprocess
@@ -114,9 +115,18 @@ exit $status
 """
 
 
+_SIGNATURE = "# As written by `tokabatch slurm`: "
+
+
+def _signed(text: str) -> str:
+    """Return the script with a digest in its last line, by which one that was edited is told apart."""
+    return f"{text}{_SIGNATURE}{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]}\n"
+
+
 def write_script(path: Path, text: str, *, overwrite: bool = False) -> None:
-    """Write the script; replace a different one that this command wrote only if `overwrite`, and no other file. Raises
-    UsageError if it cannot be written or a file is in its place."""
+    """Write the script. An earlier one that was edited is replaced only if `overwrite`, a file that this command did not write
+    never. Raises UsageError if it cannot be written or such a file is in its place."""
+    text = _signed(text)
     try:
         there = path.read_text(errors="replace") if path.exists() else text
         if MARK not in there:
@@ -124,11 +134,8 @@ def write_script(path: Path, text: str, *, overwrite: bool = False) -> None:
                 f"--to {path} exists and was not written by `tokabatch slurm`, so it is not replaced; name another file, or "
                 "move this one away"
             )
-        if there != text and not overwrite:
-            raise UsageError(
-                f"--to {path} exists and differs from this script: it was edited, or written with other options; replace it "
-                "with --overwrite, or name another file (--to)"
-            )
+        if there != _signed(there.rpartition(_SIGNATURE)[0]) and not overwrite:
+            raise UsageError(f"--to {path} was edited; replace it with --overwrite, or name another file (--to)")
         path.write_text(text)
     except OSError as error:
         raise UsageError(

@@ -1,7 +1,7 @@
 """Control characters in the texts of a job that were meant as commands of LaTeX or of a pattern: "\\boxed", "\\frac", "\\b".
 
-In double quotes of YAML, JSON and Python, some letters behind a backslash mean such a character. In a judge's options it is
-always taken for a mistake, elsewhere directly in front of a letter.
+In double quotes of YAML, JSON and Python, some letters behind a backslash mean such a character. In a judge's pattern it is
+always taken for a mistake, in its other options never, elsewhere directly in front of a letter.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ _ESCAPES = {
 """How each is written in double quotes, and its name."""
 _ANY = re.compile(r"[\a\b\v\f\x1b]")
 _COMMAND = re.compile(r"[\a\b\v\f\x1b](?=[A-Za-z])")
-_COMMAND_IN_STOP = re.compile(r"[\a\b\v\f](?=[A-Za-z])")
-"""In stop texts, an escape character and a letter may be a sequence for terminals."""
+_COMMAND_IN_OUTPUT = re.compile(r"[\a\b](?=[A-Za-z])")
+"""In texts that an output may hold, such as stop texts, the others are plausible: page breaks, sequences for terminals."""
 _SHOWN = 12
 
 
 def control_characters(values: Mapping[str, Any]) -> Iterator[Refusal]:
     """Iterate over one refusal for each text that holds such a character."""
     for path, text in _texts(values):
-        pattern = _ANY if path[:2] == ("verify", "options") else _COMMAND_IN_STOP if "stop" in path else _COMMAND
-        if found := pattern.search(text):
-            yield Refusal(path, _describe(found[0], text[found.end() :], in_template="prompt" in path))
+        if path[:2] == ("verify", "options"):
+            pattern = _ANY if path[2:] == ("pattern",) else None
+        else:
+            pattern = _COMMAND_IN_OUTPUT if path[0] == "generation" else _COMMAND
+        if pattern is not None and (found := pattern.search(text)):
+            is_template = path[0] == "prompt" and "chat_template_kwargs" not in path
+            yield Refusal(path, _describe(found[0], text[found.end() :], is_template))
 
 
 def _texts(value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:

@@ -51,8 +51,8 @@ def _path_text(value: Any) -> Any:
 
 
 def _local_path(value: Any) -> Any:
-    if isinstance(value, str) and (found := re.match(r"([a-z][a-z0-9+.-]*)://", value)):
-        if found[1] == "file":
+    if isinstance(value, str) and (found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", value)):
+        if found[1].lower() == "file":
             raise ValueError(f"is a URL; write the path itself: {value[found.end() :]}")
         raise ValueError("is a URL, and results are written to a local folder; name one, and copy it once the run is complete")
     return value

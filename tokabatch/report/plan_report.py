@@ -82,6 +82,8 @@ class PlanReport:
     """For the samples to compute, each with max_tokens tokens, with the device and the cost model; None for a device whose
     rates are not known."""
     error_counts: tuple[tuple[str, int], ...] = ()
+    error_samples: int = 0
+    """The samples of these rows."""
     max_error_fraction: float = 1.0
     """errors.max_fraction of the job."""
     notes: tuple[str, ...] = ()
@@ -94,7 +96,7 @@ class PlanReport:
     @property
     def has_too_many_errors(self) -> bool:
         """Whether the run would end with exit code 3 because of its error rows."""
-        return self.error_rows == self.rows or self.error_rows > self.max_error_fraction * self.rows
+        return self.error_rows == self.rows or self.error_samples > self.max_error_fraction * self.samples
 
     @property
     def shared_tokens(self) -> int:

@@ -102,7 +102,9 @@ def chosen_progress(given: object) -> Progress:
         return LineProgress(sys.stdout) if "ipykernel" in sys.modules else open_progress(quiet=False)
     if isinstance(given, type) or not all(hasattr(given, name) for name in ("interval", "update", "message")):
         kind = f"the class {given.__name__}" if isinstance(given, type) else f"a Python {type(given).__name__}"
-        raise UsageError(f"progress is {kind}; it takes True, False or a tokabatch.Progress, which has `update` and `message`")
+        raise UsageError(
+            f"progress is {kind}; it takes True, False or a tokabatch.Progress, which has `interval`, `update` and `message`"
+        )
     return cast("Progress", given)
 
 

@@ -150,6 +150,7 @@ def _plan_report(
         host=_host_facts(job, workload, ids),
         least_seconds=_least_seconds(_to_compute(previewed), sizes, absent, profile),
         error_counts=workload.error_counts,
+        error_samples=job.generation.n * len(workload.failures),
         max_error_fraction=job.errors.max_fraction,
         notes=tuple(notes),
     )

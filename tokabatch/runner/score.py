@@ -250,7 +250,8 @@ def _rejudge(
             write_summary(claim, {**summary, "estimates": {}, "pass_at_k": None, "unverified": None})
         write_manifest(claim, manifest, job.given())
 
-    if not left and (known is None or known.marks != manifest.marks):
+    is_other = known is None or known.marks != manifest.marks
+    if not left and is_other:
         begin()
     display.begin(sum(num_lacking(file, which) for file, which in left.items()))
 
@@ -268,9 +269,11 @@ def _rejudge(
             scored.reasons.update(table["verify_error"].drop_null().to_pylist())
             scored = replace(scored, judged=scored.judged + judged)
         is_whole = not scored.reasons[NOT_JUDGED]
-        if number == 0 and is_whole and which == "all":
+        if number == 0 and is_whole and is_other:
             _refuse_silent(file, tables)
-        if is_whole or scored.judged > before:
+        # A stop loses no earlier verdicts for the sake of samples without any.
+        has_verdict = not is_other or any(table["correct"].null_count < table.num_rows for table in tables)
+        if is_whole or (scored.judged > before and (number or has_verdict)):
             if number == 0:
                 begin()
             replace_shard(claim, file, tables)
@@ -304,8 +307,8 @@ def _rejudge(
 
 
 def _refuse_silent(file: ListedFile, tables: Sequence[pa.Table]) -> None:
-    """Raise JobError if the judge has no verdict for any sample of the first file, where the file's own verdicts would be lost
-    for that."""
+    """Raise JobError if the judge fails for every sample of the first file, where the file's own verdicts would be lost for
+    that. A judge that returns None has judged."""
     ok = sum(map(count_ok, tables))
     if not 0 < ok <= sum(map(count_without_verdict, tables)):
         return
@@ -313,11 +316,11 @@ def _refuse_silent(file: ListedFile, tables: Sequence[pa.Table]) -> None:
         if "correct" not in verdict_names(parquet.schema_arrow):
             return
         earlier: pa.Table = parquet.read(["correct"])
-    if earlier["correct"].null_count < earlier.num_rows:
-        reason = next(each for table in tables for each in table["verify_error"].drop_null().to_pylist())
+    reasons = [each for table in tables for each in table["verify_error"].drop_null().to_pylist()]
+    if earlier["correct"].null_count < earlier.num_rows and "it returned None" not in reasons:
         raise JobError(
-            f"verify: the judge gives no verdict for any of the first {counted(ok, 'sample')}, because {reason}; correct it. "
-            "The verdicts that the folder holds stay as they are"
+            f"verify: the judge gives no verdict for any of the first {counted(ok, 'sample')}, because {reasons[0]}; correct "
+            "it. The verdicts that the folder holds stay as they are"
         )
 
 

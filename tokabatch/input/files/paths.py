@@ -100,7 +100,7 @@ def find_files(path: str, formats: Collection[str], key: str) -> tuple[str, tupl
     if page := re.fullmatch(
         r"https?://(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)(/blob/.*|/viewer.*|/tree.*|/?)", path
     ):
-        meant = path.replace("/blob/", "/resolve/") if page[2].startswith("/blob/") else f"hf://datasets/{page[1]}"
+        meant = path.replace("/blob/", "/resolve/", 1) if page[2].startswith("/blob/") else f"hf://datasets/{page[1]}"
         raise InputError(f"{place} is a web page; write {meant}")
     try:
         fs, root = cast("tuple[AbstractFileSystem, str]", url_to_fs(path))

@@ -9,6 +9,7 @@ decimal number as text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
@@ -79,7 +80,9 @@ def refuse_left_out(messages: Sequence[Message], template: str, text: str) -> Ro
     for position, message in enumerate(messages):
         role, content = message["role"], message.get("content")
         unknown = role not in ROLES and not _names(template, role)
-        if unknown and isinstance(content, str) and content.strip() not in text:
+        # Word by word, as a template may write a text as JSON, or otherwise change it.
+        words = re.findall(r"\w+", content) if unknown and isinstance(content, str) else ()
+        if words and not any(word in text for word in words):
             what = f"message {position} has the role {role!r}, and the chat template leaves it out"
             known = "system" if role == "developer" else "user"
             return RowError("bad_messages", f"{what}; write a role that the template prints, such as {known}")
@@ -172,7 +175,7 @@ def _meant_role(role: str, template: str) -> str | None:
     word = role.strip().lower()
     if role in _OTHER_ROLES or _names(template, role):
         return None
-    near = get_close_matches(word, (*ROLES, *_OTHER_ROLES), n=1, cutoff=0.75)
+    near = get_close_matches(word, (*ROLES, *_OTHER_ROLES), n=1, cutoff=0.85) if word.isalpha() else ()
     return _ROLES_ELSEWHERE.get(word) or next(iter(near), None)
 
 

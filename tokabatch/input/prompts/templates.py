@@ -106,8 +106,9 @@ def compile_template(source: str, key: str) -> Template:
 
 def _refuse_file(source: str, key: str) -> None:
     """Raise JobError for the path of a file in place of its text, perhaps behind an @, as other tools have it."""
-    path = Path(os.path.expanduser(source.strip().removeprefix("@")))
-    if "\n" in str(path) or not path.suffix:
+    written = source.strip().removeprefix("@")
+    path = Path(os.path.expanduser(written) if written.isprintable() else written)
+    if not str(path).isprintable() or not path.suffix:
         return
     if os.path.isfile(path):
         fault = f"{source!r} is a file"

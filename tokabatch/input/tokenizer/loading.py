@@ -71,7 +71,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         ) from error
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise ModelError(f"the tokenizer of {name!r} has no tokenizer.json; only tokenizers of that kind can be used")
-    if not has_file and not loaded.backend_tokenizer.encode("a", add_special_tokens=False).ids:
+    if not has_file and loaded.get_vocab().keys() <= set(loaded.all_special_tokens):
         # Of a folder without the files that its class reads, transformers makes a tokenizer without a vocabulary.
         raise ModelError(
             f"the tokenizer of {name!r} ({key}) has no vocabulary: {type(loaded).__name__} found none in its files; copy "
