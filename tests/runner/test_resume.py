@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -458,6 +459,8 @@ def test_the_summary_in_a_moved_folder_counts_what_is_there(model, rows, tmp_pat
     def move() -> bool:
         if list(out.glob("data/part-*")):
             out.rename(away)
+        elif not away.exists():
+            time.sleep(0.02)  # Otherwise a slow machine may finish all samples before it commits the first.
         return False
 
     summary = run(job(model, rows, out, output={"flush_seconds": 0.001}), None, move)
