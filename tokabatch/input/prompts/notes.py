@@ -1,5 +1,5 @@
 """Notes on prompts that may not be what their author intended: all alike, with chat markup twice or as plain text, with a
-backslash and a letter in place of a newline, or behind examples that lack answers or hold those of the row itself."""
+backslash and a letter in place of a newline, or with few-shot examples that show no answers or are input rows themselves."""
 
 from __future__ import annotations
 
