@@ -181,7 +181,7 @@ MISTAKES = [
     (("run", Q, "mode=generate_until"), "got the text generate_until; write generate"),
     (("run", Q, "engine.device=cuda:2"), "write cuda, and start with CUDA_VISIBLE_DEVICES=2"),
     (("run", Q, "doc_to_text=Q"), r"did you mean `prompt\.template=Q`"),
-    (("run", Q, "nodes=2"), "it is an option of Slurm's; `tokabatch slurm JOB` writes a batch script"),
+    (("run", Q, "nodes=2"), "it is an option of Slurm; `tokabatch slurm JOB` writes a batch script"),
     (("run", Q, "input.type=json"), r"did you mean `input\.format=json`"),
     (("run", Q, "output.path=s3://bucket/out"), "is a URL, and results are written to a local folder; name one"),
     (("run", Q, "output.path=file:///tmp/out"), "is a URL; write the path itself: /tmp/out"),

@@ -31,7 +31,7 @@ MESSAGE = (
 
 
 def test_a_line_with_a_command_to_paste_stays_whole() -> None:
-    line = "This moves it away and goes on: mkdir 'a b' && mv x 'a b/' && tokabatch run job.yaml output.path=out --repair"
+    line = "This moves it away and continues: mkdir 'a b' && mv x 'a b/' && tokabatch run job.yaml output.path=out --repair"
     assert between_words(f"{MESSAGE}\n{line}", 40).endswith("\n" + line)
     assert between_words(f"tokabatch needs {'words ' * 20}", 40).count("\n") > 2
 

@@ -417,7 +417,7 @@ def test_a_shard_of_another_job_with_the_missing_samples_is_refused(go: Go, tmp_
     for path in (tmp_path / "other" / "data").iterdir():
         if 1 in pq.read_table(path)["sample_index"].to_pylist():
             shutil.copyfile(path, out / "data" / f"part-{len(list((out / 'data').iterdir())):05}.parquet")
-    with pytest.raises(OutputError, match="is of another run"):
+    with pytest.raises(OutputError, match="belongs to another run"):
         go()
     assert check(out).exit_code == 4
 

@@ -409,7 +409,7 @@ def test_a_member_that_is_lost_again_and_again_is_done_without():
     for _ in work.run():
         pass
     assert work.done == EXPECTED
-    assert any("goes on with 1 of 2 replicas" in text for text in work.told)
+    assert any("continues with 1 of 2 replicas" in text for text in work.told)
 
 
 def test_a_row_that_kills_workers_kills_few_over_the_whole_fleet():

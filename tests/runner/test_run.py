@@ -236,7 +236,7 @@ def test_verified_runs_report_pass_at_k(model, rows, tmp_path):
 
 
 class Watcher(NullProgress):
-    """Looks into the output folder while the run goes on, after every step."""
+    """Looks into the output folder during the run, after every step."""
 
     interval = 0.0
 

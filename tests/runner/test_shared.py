@@ -254,7 +254,7 @@ def test_a_full_disk_while_an_earlier_run_is_cut_is_reported_as_one(job: Job, mo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(sharing, "write_units", full)
-    with pytest.raises(CommitError, match="takes no more"):
+    with pytest.raises(CommitError, match="cannot be written any more"):
         cut_earlier_run(job, Shared(units=4), ignore, ignore, Interruption())
     monkeypatch.undo()
     assert not manifest_of(job).units

@@ -38,5 +38,5 @@ def choose_backend(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str,
         needed, found = ("{}.{}".format(*each) for each in (LEAST_CAPABILITY, capability))
         obstacles.append(f"they need a GPU of compute capability {needed}, and this one has {found}")
     if find_spec("flashinfer") is None:
-        obstacles.append('they are not installed (`pip install -e ".[gpu]"`)')
+        obstacles.append("they are not installed (`pip install 'tokabatch[gpu]'`)")
     return "torch_paged" if obstacles else "flashinfer_paged", "; ".join(obstacles)

@@ -26,7 +26,7 @@ from tokabatch.report.streams import first_fault
 def status(out: OutArgument) -> None:
     """Show how far the run in an output folder is.
 
-    While it goes on, also its speed and an estimate of the time left. Only samples on disk are counted; a running job commits
+    During a run, also its speed and an estimate of the time left. Only samples on disk are counted; a running job commits
     finished ones every output.flush_seconds.
 
     \b

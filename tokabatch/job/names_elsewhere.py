@@ -89,8 +89,8 @@ _TIME = "no time limit applies to a sample; generation.max_tokens limits its len
 _PADDING = "none is needed: nothing is padded"
 _CUT = "prompts are never cut; one that is too long becomes an error row"
 _AT_ONCE = "none is needed: as many samples run at once as the memory takes; engine.max_running limits them"
-_BATCH = "it is of OpenAI's API; `tokabatch batch REQUESTS.jsonl --model MODEL --to RESULTS.jsonl` answers its batch files"
-_SLURM = "it is an option of Slurm's; `tokabatch slurm JOB` writes a batch script and has them (--help)"
+_BATCH = "it belongs to OpenAI's API; `tokabatch batch REQUESTS.jsonl --model MODEL --to RESULTS.jsonl` answers its batch files"
+_SLURM = "it is an option of Slurm; `tokabatch slurm JOB` writes a batch script and takes such options (--help)"
 _HOSTS = "none is needed: one start uses the GPUs of its host; several hosts share a job by `tokabatch slurm` or `run --on ray`"
 _TRACKING = "reporting to other services is not supported; the figures are in OUT/summary.json and `tokabatch status OUT`"
 _WITHOUT_KEY = {
@@ -113,7 +113,7 @@ _WITHOUT_KEY = {
         ("skip_special_tokens", "detokenize"),
         "none is needed: the column text is without special tokens, token_ids has them all",
     ),
-    "stream": "none is needed: finished samples are in OUT/data while the run goes on; `tokabatch serve` streams answers",
+    "stream": "none is needed: finished samples are in OUT/data during the run; `tokabatch serve` streams answers",
     "penalty_alpha": "contrastive search is not supported; generation.temperature and top_p are",
     **dict.fromkeys(("max_concurrency", "concurrency", "num_concurrent"), _AT_ONCE),
     **dict.fromkeys(("custom_id", "endpoint", "completion_window"), _BATCH),

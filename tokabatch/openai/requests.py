@@ -141,7 +141,7 @@ def _chat(given: Mapping[str, Any], common: Mapping[str, Any]) -> Request:
             why = "a conversation that ends with an assistant's message is continued in it, any other gets an answer"
             raise _Fault(ApiError(f"{name} must be {str(wanted).lower()} here: {why}", name, "unsupported_value"))
     if _flag(given, "echo"):
-        raise _Fault(unsupported("echo", f"is of {COMPLETIONS} only; leave it out"))
+        raise _Fault(unsupported("echo", f"belongs to {COMPLETIONS} only; leave it out"))
     chat: dict[str, Any] = {}
     for name in ("tools", "documents"):
         if name in given:

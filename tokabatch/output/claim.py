@@ -129,8 +129,8 @@ class Claim:
                 ) from error
             kind = CommitError if may_pass(error) else OutputError
             raise kind(
-                f"output.path {str(self.folder.path)!r} takes no more: {reason(error)}. What is committed is intact; "
-                f"{remedy(error)} and run the same command again to add the rest."
+                f"output.path {str(self.folder.path)!r} cannot be written any more: {reason(error)}. What is committed is "
+                f"intact; {remedy(error)} and run the same command again to add the rest."
             ) from error
 
     def begin(
@@ -173,7 +173,7 @@ class Claim:
         run."""
         if self.files.alone and not self.clears:
             raise CommitError(
-                f"output.path {str(self.folder.path)!r}: a writer of another host completes the run there. What this one "
+                f"output.path {str(self.folder.path)!r}: a process on another host is completing the run there. What this one "
                 "committed is intact."
             )
         if self._lock is None or not self._lock.is_in_place():

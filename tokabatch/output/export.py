@@ -147,7 +147,8 @@ def open_ordered(
     for shard in shards[1:]:
         if not _schema(shard).equals(schema):
             raise ForeignFileError(
-                f"{shard.path} has other columns than {shards[0].path.name}: they are not of one run. Move foreign files away."
+                f"{shard.path} has other columns than {shards[0].path.name}: they do not belong to one run. Move "
+                "foreign files away."
             )
     schema = schema.with_metadata({key: value for key, value in (schema.metadata or {}).items() if key != ARROW_BYTES_KEY})
     if columns is not None:

@@ -156,7 +156,7 @@ def _believed(
         lost = bool(manifest.run) and bool(marked or folder.shards())
         return marked, [Fault(name, "is missing", "record")] if lost else []
     if manifest.run and record.run not in ("", manifest.run):
-        return marked, [Fault(name, "is of another run than manifest.json", "record")]
+        return marked, [Fault(name, "belongs to another run than manifest.json", "record")]
     if record.problem is not None:
         return {**record.versions, **marked}, [Fault(name, f"is damaged: {record.problem}", "record")]
     if record.torn and success is not None:
@@ -177,7 +177,7 @@ def _digests(files: Sequence[ListedFile]) -> list[str]:
 
 def _difference(file: ListedFile, manifest: Manifest, committed: Shard, digest: str) -> str:
     other = _stranger(file, manifest)
-    if other is not None and "is of another run" in other:
+    if other is not None and "belongs to another run" in other:
         return f"is damaged: it {other}"
     if file.bytes != committed.bytes:
         return f"is damaged: it has {counted(file.bytes, 'byte')}; {counted(committed.bytes, 'was', 'were')} committed"
@@ -197,7 +197,7 @@ def _stranger(file: ListedFile, manifest: Manifest) -> str | None:
     run = metadata.get(RUN_KEY, b"").decode(errors="replace")
     if run:
         mine = {key: value for key, value in manifest.identity.items() if metadata.get(key) == value}
-        return None if len(mine) == len(manifest.identity) else f"is of another run ({run[:12]})"
+        return None if len(mine) == len(manifest.identity) else f"belongs to another run ({run[:12]})"
     return "was not written by this run" if manifest.run else None
 
 

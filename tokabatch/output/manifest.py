@@ -217,7 +217,7 @@ def read_success(folder: OutputFolder) -> Success | None:
         return Success(**cast("dict[str, Any]", {**document, "files": files}))
     except (KeyError, TypeError) as error:
         raise DamageError(
-            f"{folder.success} is not one of this version ({error}). Run the same command again, which writes it."
+            f"{folder.success} was written by another version ({error}). Run the same command again, which writes it."
         ) from error
 
 
@@ -231,7 +231,7 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
         return Manifest(**cast("dict[str, Any]", {**document, "versions": versions, "fingerprint": fingerprint}))
     except (KeyError, TypeError) as error:
         raise DamageError(
-            f"{folder.manifest} is not a manifest of this version ({error}). "
+            f"{folder.manifest} is not a manifest that this version can read ({error}). "
             "Read the shards under data/ directly, use the version that wrote them, or start over with --overwrite."
         ) from error
 

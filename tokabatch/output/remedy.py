@@ -61,7 +61,7 @@ def refuse_faults(folder: OutputFolder, manifest: Manifest, found: Inspection, *
     if foreign:
         names = [fault.file for fault in foreign]
         raise ForeignFileError(
-            f"{folder.path / names[0]} {foreign[0].problem}. Nothing was changed. This moves it away and goes on: "
+            f"{folder.path / names[0]} {foreign[0].problem}. Nothing was changed. This moves it away and continues: "
             + repair_command(folder, manifest, names, repair=bool(damage))
         )
 

@@ -131,7 +131,7 @@ def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun 
     if manifest is None and (shards := folder.shards()):
         raise OutputError(
             f"output.path {str(folder.path)!r} holds {len(shards)} file(s) of samples (data/{shards[0].path.name}) but no "
-            "manifest.json, so it is unknown which job they are of. Choose another output.path, or start over with "
+            "manifest.json, so it is unknown which job they belong to. Choose another output.path, or start over with "
             "--overwrite."
         )
     return EarlierRun(folder, manifest, versions_here(), retry_errors) if manifest else None

@@ -159,7 +159,7 @@ class ExpendableProgress:
             yield
         except Exception:
             self._display, self.interval = NullProgress(), None
-            logging.getLogger(__name__).warning("the display of progress failed; the run goes on without it", exc_info=True)
+            logging.getLogger(__name__).warning("the display of progress failed; the run continues without it", exc_info=True)
 
 
 class MessagesOnly(NullProgress):

@@ -389,7 +389,7 @@ class Fleet:
         member.given_up = True
         if not self._live():
             raise EngineError(f"{fault}; giving up (engine.max_restarts). What is finished is committed.") from fault
-        self._say(member, f"{fault}; the run goes on with {len(self._live())} of {counted(len(self._members), 'replica')}")
+        self._say(member, f"{fault}; the run continues with {len(self._live())} of {counted(len(self._members), 'replica')}")
 
     def _say(self, member: Member, text: str) -> None:
         self._tell(text if len(self._members) == 1 else f"replica {member.number}: {text}")

@@ -263,7 +263,7 @@ class Replica:
         self._watch.restart()
         limits = self.scheduler.limits
         self._tell(
-            f"{fault}. The run goes on with steps of at most {counted(limits.max_step_tokens, 'token')} and "
+            f"{fault}. The run continues with steps of at most {counted(limits.max_step_tokens, 'token')} and "
             f"{counted(limits.max_running, 'sample')} (engine.max_step_tokens, engine.max_running)"
         )
         try:
@@ -283,7 +283,8 @@ class Replica:
         if completions:
             self._barren = 0
         requeued = self.scheduler.counts.requeued - before
-        kept = counted(requeued, "running sample keeps its tokens and goes on", "running samples keep their tokens and go on")
+        one, several = "running sample keeps its tokens and continues", "running samples keep their tokens and continue"
+        kept = counted(requeued, one, several)
         self._renew(fault, kept)
         try:
             completions += self._start_worker()

@@ -216,7 +216,7 @@ def _job(folder: OutputFolder, manifest: Manifest, overrides: Sequence[str]) -> 
     job = Job.load(given, *overrides)
     relative = own is not None and ".py" in own and not Path(own).is_absolute()
     if relative and job.verify is not None and job.verify.kind == own and Path(manifest.working_folder) != Path.cwd():
-        raise JobError(f"verify.kind: {own} counts from {manifest.working_folder}; run this command there")
+        raise JobError(f"verify.kind: {own} is relative to {manifest.working_folder}; run this command there")
     stop = (manifest.job.get("verify") or {}).get("stop")
     if job.verify is not None and job.to_dict()["verify"]["stop"] != stop:
         raise JobError("verify.stop: rows stop while they are sampled, and nothing is sampled here; remove it from the command")

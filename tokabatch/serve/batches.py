@@ -198,7 +198,7 @@ class Batches:
                     with suppress(OSError):
                         await self._fail(batch, [{"code": "internal_error", "message": message}])
                 if batch["status"] not in ENDED:
-                    self._tell(f"{batch['id']} could not go on and is tried again in {RETRY_SECONDS:g} s: {error}")
+                    self._tell(f"{batch['id']} was interrupted and is tried again in {RETRY_SECONDS:g} s: {error}")
                     self._loop.call_later(RETRY_SECONDS, self._waiting.put_nowait, batch)
             finally:
                 self._current = None

@@ -22,7 +22,7 @@ def render(engine: Engine, answered: Mapping[int, int]) -> str:
     metric("responses_total", "counter", "Responses by status.", {f'{{status="{s}"}}': n for s, n in answered.items()})
     metric("prompts_total", "counter", "Prompts taken.", {"": counts.prompts})
     metric("samples_total", "counter", "Samples finished, errors included.", {"": counts.samples})
-    metric("samples_cancelled_total", "counter", "Samples whose client was gone.", {"": counts.cancelled})
+    metric("samples_cancelled_total", "counter", "Samples whose client had disconnected.", {"": counts.cancelled})
     errors = {f'{{code="{code}"}}': float(number) for code, number in counts.errors.items()}
     metric("sample_errors_total", "counter", "Samples that failed, by error code.", errors)
     metric("prompt_tokens_total", "counter", "Tokens of finished prompts.", {"": counts.prompt_tokens})
