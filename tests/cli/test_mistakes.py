@@ -444,6 +444,7 @@ def test_the_message_says_what_to_do(
     before = sorted(here.rglob("*"))
     quiet = ("--quiet",) if arguments[0] == "run" and len(arguments) > 1 else ()
     monkeypatch.setattr(sys, "argv", ["tokabatch", *arguments, *quiet])
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     said = capsys.readouterr()
