@@ -7,7 +7,8 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from support.scripted_run import scripted_engine, scripted_job, scripted_run
 from tokabatch import plan, run
 from tokabatch.cli import main
 from tokabatch.errors import EXIT_COMPLETE, EXIT_ERRORS, JobError, OutputError, Stopped
-from tokabatch.output import existing_results
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
 from tokabatch.output.export import Selection, export
@@ -83,6 +83,19 @@ def check_even(out: Path) -> None:
         assert row["length"] == (len(row["text"]) if judged else None)
 
 
+@contextmanager
+def killed_after_a_file(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """Inside, `score` is killed as soon as one file has new verdicts."""
+
+    def once(*arguments: Any) -> None:
+        replace_shard(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scoring, "replace_shard", once)
+        yield
+
+
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_judge_that_fails_everywhere_ends_as_a_run_of_it_does(
     beside: bool, rows: Path, judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -137,17 +150,7 @@ def test_another_judge(before: dict[str, str] | None, rows: Path, judge: Path, t
 def test_interrupted_it_continues(rows: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, output = tmp_path / "out", {"rows_per_shard": 7}
     scripted_run(rows, out, verify=OLD, output=output)
-    replace_shard, calls = existing_results.replace_shard, 0
-
-    def failing(*arguments: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        replace_shard(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(scoring, "replace_shard", failing)
+    with killed_after_a_file(monkeypatch):
         score(out, [f"verify.kind={judge}", "verify.answer=null"])
     assert (check(out).exit_code, check(out).faults) == (75, ())
     with scripted_engine():
@@ -203,14 +206,7 @@ def test_the_summary_and_the_page_follow_the_verdicts_that_are_filled_in(
     assert (summary.exit_code, summary.unverified) == (3, summary.ok)
     assert "<p class=sub>" in page(out) and "errors.max_fraction" not in page(out)
     (tmp_path / "reference.txt").write_text("there")
-    replace_shard = existing_results.replace_shard
-
-    def once(*arguments: Any) -> None:
-        replace_shard(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(scoring, "replace_shard", once)
+    with killed_after_a_file(monkeypatch):
         score(out)
     continued = scripted_run(rows, out, **sections)
     assert 0 < continued.unverified < summary.ok and continued.exit_code == 0
@@ -235,20 +231,9 @@ def test_a_stopped_score_leaves_no_figure_of_before(
     summary = scripted_run(rows, out, verify={"kind": str(reading)}, output={"rows_per_shard": 7})
     assert summary.unverified == summary.ok == read_status(out).without_verdict
     (tmp_path / "reference.txt").write_text("there")
-    replace_shard, done = existing_results.replace_shard, 0
-
-    def once(*arguments: Any) -> None:
-        nonlocal done
-        if done:
-            raise KeyboardInterrupt
-        replace_shard(*arguments)
-        done += 1
 
     def stop_in_the_middle(*overrides: str) -> None:
-        nonlocal done
-        done = 0
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(scoring, "replace_shard", once)
+        with killed_after_a_file(monkeypatch):
             score(out, overrides)
         told = json.loads((out / "summary.json").read_text())
         assert (told["estimates"], told["pass_at_k"], told["unverified"]) == ({}, None, None)
@@ -575,14 +560,7 @@ def test_a_killed_one_continues_with_a_file_that_the_judge_fails_on(
     out, judge = tmp_path / "out", tmp_path / "late.py"
     judge.write_text("def verify(text, row):\n    return row['answer'] == '0' or row['late']\n")
     scripted_run(rows, out, verify=OLD, output={"rows_per_shard": 2})
-    replace_shard = existing_results.replace_shard
-
-    def once(*arguments: Any) -> None:
-        replace_shard(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(scoring, "replace_shard", once)
+    with killed_after_a_file(monkeypatch):
         score(out, [f"verify.kind={judge}", "verify.answer=null"])
     assert score(out).reasons["KeyError: 'late'"] == 22 and check(out).exit_code == 0
 
