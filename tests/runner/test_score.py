@@ -20,7 +20,7 @@ from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import plan, run
 from tokabatch.cli import main
-from tokabatch.errors import EXIT_COMPLETE, EXIT_ERRORS, JobError, OutputError, Stopped
+from tokabatch.errors import EXIT_COMPLETE, EXIT_ERRORS, EXIT_INTERRUPTED, EXIT_STOPPED, JobError, OutputError, Stopped
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
 from tokabatch.output.export import Selection, export
@@ -237,6 +237,7 @@ def test_a_stopped_score_leaves_no_figure_of_before(
             score(out, overrides)
         told = json.loads((out / "summary.json").read_text())
         assert (told["estimates"], told["pass_at_k"], told["unverified"]) == ({}, None, None)
+        assert told["exit_code"] == EXIT_STOPPED, "the folder is not complete"
         assert told["ok"] == summary.ok and told["this_start"]["steps"] == summary.steps
 
     stop_in_the_middle()
@@ -245,7 +246,9 @@ def test_a_stopped_score_leaves_no_figure_of_before(
     assert f"<b class=bad>{lacking}</b><span>samples without a verdict" in page(out)
     score(out)
     told = json.loads((out / "summary.json").read_text())
-    assert (told["unverified"], read_status(out).without_verdict) == (0, 0) and told["pass_at_k"]["1"] > 0.9
+    assert (told["unverified"], told["exit_code"], read_status(out).without_verdict) == (0, 0, 0) and told["pass_at_k"][
+        "1"
+    ] > 0.9
 
     # By another judge: the verdicts of the first one count nowhere.
     stop_in_the_middle(f"verify.kind={judge}")
@@ -387,6 +390,7 @@ def test_a_stopped_one_keeps_the_verdicts_of_a_part_of_a_file(other: bool, rows:
     assert status.unjudged is not None and 0 < status.unjudged < 24 and status.of_another_judge is None
     kept = f"stopped: the verdicts of {24 - status.unjudged} of 24 samples are kept; `tokabatch score {out}` judges the others"
     assert str(stopped.value) == kept and check(out).exit_code == 75 and read_estimates(OutputFolder(out)) == ()
+    assert json.loads((out / "summary.json").read_text())["exit_code"] == EXIT_INTERRUPTED
     assert f"samples {24 - status.unjudged}/24" in shown.getvalue().splitlines()[-1]
     assert re.search(r"judging    samples \d+/24  \d+ per second", shown.getvalue())
     (section,) = what_is_left(out, {"pending": 0, "unjudged": status.unjudged})
@@ -397,6 +401,7 @@ def test_a_stopped_one_keeps_the_verdicts_of_a_part_of_a_file(other: bool, rows:
         assert score(out).judged == status.unjudged
         assert all(row["correct"] for row in samples(out) if row["status"] == "ok")
     assert check(out).exit_code == 0 and read_status(out).unjudged == 0
+    assert json.loads((out / "summary.json").read_text())["exit_code"] == EXIT_COMPLETE
 
 
 def test_a_stopped_one_that_writes_a_file_writes_none(rows: Path, tmp_path: Path) -> None:

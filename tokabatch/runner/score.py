@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokabatch.errors import EXIT_COMPLETE, EXIT_ERRORS, JobError, OutputError, Stopped
+from tokabatch.errors import EXIT_COMPLETE, EXIT_ERRORS, EXIT_STOPPED, JobError, OutputError, Stopped
 from tokabatch.input.files.arrow_rows import python_rows
 from tokabatch.input.fingerprint import is_of_verify, verify_settings
 from tokabatch.input.store.json_types import parse_json_texts
@@ -247,7 +247,9 @@ def _rejudge(
         # From here on the folder is not complete, whatever happens, and nothing is said of the verdicts.
         claim.reopen(keep_summary=True)
         if summary:
-            write_summary(claim, {**summary, "estimates": {}, "pass_at_k": None, "unverified": None})
+            # Stopped, until it is done or stopped by a signal whose exit code is written then.
+            ended = {"exit_code": EXIT_STOPPED} if summary.get("exit_code") in (EXIT_COMPLETE, EXIT_ERRORS) else {}
+            write_summary(claim, {**summary, "estimates": {}, "pass_at_k": None, "unverified": None, **ended})
         write_manifest(claim, manifest, job.given())
 
     is_other = known is None or known.marks != manifest.marks
@@ -280,6 +282,8 @@ def _rejudge(
         elif number == 0:
             raise Stopped("stopped before the first verdict: the folder is as it was", stop.poll())
         if stop.poll() and not (is_whole and number + 1 == len(left)):
+            if summary:
+                write_summary(claim, {**read_summary(claim.folder), "exit_code": stop.poll()})
             raise Stopped(_stopped(claim.folder.path, scored.judged, display.total), stop.poll())
     shards = claimed_shards(claim)
     books = Books.of(manifest.samples, shards)
