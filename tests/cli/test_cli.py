@@ -298,6 +298,9 @@ def test_the_first_signal_asks_and_the_second_ctrl_c_ends_the_process() -> None:
     ]
 
 
+STOPPED_EARLY = "stopped; run the same command again to continue"
+
+
 def test_ctrl_c_while_the_program_is_imported_leaves_no_traceback() -> None:
     program = (
         "import os, signal\nfrom tokabatch import __main__ as command\n"
@@ -305,6 +308,18 @@ def test_ctrl_c_while_the_program_is_imported_leaves_no_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_ctrl_c_while_score_is_imported_stops_it(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\nfrom tokabatch.cli import folder, main\nfound = folder.import_module\n"
+        "folder.import_module = lambda name: [os.kill(os.getpid(), signal.SIGINT), found(name)][1]\n"
+        f"sys.argv = ['tokabatch', 'score', {str(tmp_path)!r}]\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    said = done.stderr.splitlines()
+    assert said[1:] == ["stopping: keeping the verdicts so far; Ctrl-C again to stop at once", STOPPED_EARLY], done.stderr
 
 
 def test_an_error_of_the_engine_is_a_message_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +24,7 @@ from support.scripted_run import scripted_engine, scripted_job, scripted_run
 
 from tokabatch import plan, run
 from tokabatch.cli import main
+from tokabatch.cli.signals import stop_on_signals
 from tokabatch.errors import EXIT_COMPLETE, EXIT_ERRORS, EXIT_INTERRUPTED, EXIT_STOPPED, JobError, OutputError, Stopped
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
@@ -409,6 +414,22 @@ def test_a_stopped_one_that_writes_a_file_writes_none(rows: Path, tmp_path: Path
     with pytest.raises(Stopped, match=r"verdicts\.parquet is not written, and the same command begins from the start"):
         score_to(tmp_path / "out", tmp_path / "verdicts.parquet", stop=Interruption(lambda: True))
     assert not (tmp_path / "verdicts.parquet").exists()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_ctrl_c_stops_it_while_it_loads_the_judge(beside: bool, rows: Path, tmp_path: Path) -> None:
+    out, slow, target = tmp_path / "out", tmp_path / "slow.py", tmp_path / "verdicts.parquet"
+    scripted_run(rows, out)
+    slow.write_text("import time\ntime.sleep(15)\ndef verify(text, row): return True\n")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    began = time.monotonic()
+    with stop_on_signals() as stop, pytest.raises(Stopped, match="is not written" if beside else "the folder is as it was"):
+        timer.start()
+        overrides = [f"verify={{kind: {slow}}}"]
+        score_to(out, target, overrides, stop=stop) if beside else score(out, overrides, stop=stop)
+    assert time.monotonic() - began < 10 and not target.exists()
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
 def rewrite(out: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

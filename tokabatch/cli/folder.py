@@ -152,10 +152,11 @@ def score(
       tokabatch score out/quickstart verify.kind=./my_judge.py:grade
       tokabatch score out/quickstart verify.kind=exact --to verdicts.parquet
     """
-    score = import_module("tokabatch.runner.score")
     doing = "keeping the verdicts so far" if to is None else f"{to} is not written"
     with stop_on_signals(doing) as stop:
         try:
+            with stop.at_once():
+                score = import_module("tokabatch.runner.score")
             with import_module("tokabatch.report.progress").open_progress(quiet) as progress:
                 if to is None:
                     scored = score.score(out, overrides or (), progress, stop)

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from tokabatch.errors import EXIT_INTERRUPTED, Stopped
 
+_WORDS = "stopped; run the same command again to continue"
+
 
 class Interruption:
     """`asked`, if given, is a further source of requests, called at every check."""
@@ -19,6 +21,7 @@ class Interruption:
     def __init__(self, asked: Callable[[], bool] | None = None) -> None:
         self._asked = asked
         self._exit_code = 0
+        self._words = _WORDS
         self._breaks_into: int | None = None
         """The thread that lets a request break in."""
 
@@ -48,15 +51,16 @@ class Interruption:
             self._raise()
 
     @contextmanager
-    def at_once(self) -> Generator[None]:
-        """Inside, a request raises Stopped wherever the thread happens to be; so does entering after one."""
+    def at_once(self, words: str = _WORDS) -> Generator[None]:
+        """Inside, a request raises Stopped with these words wherever the thread happens to be; so does entering after one."""
+        self._words = words
         self._breaks_into = threading.get_ident()
         try:
             if self._exit_code:
                 self._raise()
             yield
         finally:
-            self._breaks_into = None
+            self._breaks_into, self._words = None, _WORDS
 
     def _raise(self) -> NoReturn:
-        raise Stopped("stopped; run the same command again to continue", self._exit_code)
+        raise Stopped(self._words, self._exit_code)

@@ -69,6 +69,8 @@ from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import unwritable
 
+_UNTOUCHED = "stopped before the first verdict: the folder is as it was"
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:
@@ -110,34 +112,35 @@ def score(
         assert job.verify is not None
         pool = open_pool(job.verify)
         try:
-            own = verdict_fields(pool.load().columns)
-            found = consistently(partial(inspect, claim.folder, manifest), path)
-            refuse_faults(claim.folder, manifest, found)
-            refuse_unrecorded(claim.folder, manifest, found)
-            earlier = {name: value for name, value in manifest.fingerprint.settings.items() if is_of_verify(name)}
-            if job.verify.stop is not None and verify_settings(job.verify) != earlier:
-                raise OutputError(
-                    f"{path}: rows were stopped by the verdicts that this folder holds (verify.stop), so other verdicts of the "
-                    "samples that are there estimate nothing. They can be written beside it: --to verdicts.parquet"
-                )
-            settings = {name: value for name, value in manifest.fingerprint.settings.items() if not is_of_verify(name)}
-            fingerprint = replace(manifest.fingerprint, settings={**settings, **verify_settings(job.verify)})
-            manifest = replace(manifest, fingerprint=fingerprint, job={**manifest.job, "verify": job.to_dict()["verify"]})
-            files = [file for _, file in found.good]
-            _check_columns(files, job, manifest.id_column)
-            # Rows that were stopped by verdicts would have gone on or stopped elsewhere by others.
-            which: Which = "missing" if job.verify.stop is None else "unjudged"
-            left: dict[ListedFile, Which] = {}
-            for file in files:
-                if not _is_judged(file, manifest):
-                    left[file] = "all"
-                elif num_lacking(file, which):
-                    left[file] = which
-            if which == "unjudged":
-                lacking = sum(num_lacking(file, "missing") - num_lacking(file, which) for file in files)
-                if lacking:
-                    what = "without a verdict: not judged again, as verdicts stop rows (verify.stop)"
-                    display.progress.message(f"{counted(lacking, 'sample')} {what}")
+            with stop.at_once(_UNTOUCHED):
+                own = verdict_fields(pool.load().columns)
+                found = consistently(partial(inspect, claim.folder, manifest), path)
+                refuse_faults(claim.folder, manifest, found)
+                refuse_unrecorded(claim.folder, manifest, found)
+                earlier = {name: value for name, value in manifest.fingerprint.settings.items() if is_of_verify(name)}
+                if job.verify.stop is not None and verify_settings(job.verify) != earlier:
+                    raise OutputError(
+                        f"{path}: rows were stopped by the verdicts that this folder holds (verify.stop), so other verdicts of "
+                        "the samples that are there estimate nothing. They can be written beside it: --to verdicts.parquet"
+                    )
+                settings = {name: value for name, value in manifest.fingerprint.settings.items() if not is_of_verify(name)}
+                fingerprint = replace(manifest.fingerprint, settings={**settings, **verify_settings(job.verify)})
+                manifest = replace(manifest, fingerprint=fingerprint, job={**manifest.job, "verify": job.to_dict()["verify"]})
+                files = [file for _, file in found.good]
+                _check_columns(files, job, manifest.id_column)
+                # Rows that were stopped by verdicts would have gone on or stopped elsewhere by others.
+                which: Which = "missing" if job.verify.stop is None else "unjudged"
+                left: dict[ListedFile, Which] = {}
+                for file in files:
+                    if not _is_judged(file, manifest):
+                        left[file] = "all"
+                    elif num_lacking(file, which):
+                        left[file] = which
+                if which == "unjudged":
+                    lacking = sum(num_lacking(file, "missing") - num_lacking(file, which) for file in files)
+                    if lacking:
+                        what = "without a verdict: not judged again, as verdicts stop rows (verify.stop)"
+                        display.progress.message(f"{counted(lacking, 'sample')} {what}")
             try:
                 return _rejudge(claim, manifest, job, found, left, own, pool, display, stop)
             except OSError as error:
@@ -157,18 +160,19 @@ def score_to(
     verdicts atomically to `target` (.parquet): one row for each sample, with its id, row and number. The folder is not changed.
     Raises the errors of `score`, and OutputError if the file cannot be written."""
     stop, display, folder = stop or Interruption(), _Display(progress or NullProgress()), OutputFolder(path)
+    words = f"stopped: {target} is not written, and the same command begins from the start"
     manifest = _manifest(folder)
     check_target(folder, target, (".parquet",))
     job = _job(folder, manifest, overrides)
     assert job.verify is not None
     pool = open_pool(job.verify)
     try:
-        own = verdict_fields(pool.load().columns)
+        with stop.at_once(words):
+            own = verdict_fields(pool.load().columns)
 
         def on_judged(more: int) -> None:
             display.add(more)
             if stop.poll():
-                words = f"stopped: {target} is not written, and the same command begins from the start"
                 raise Stopped(words, stop.poll())
 
         def judge() -> pa.Table:
@@ -180,7 +184,8 @@ def score_to(
             parts = [table.select(names) for file in files for table, _ in judge_again(file, own, pool, on_judged, rows_of)]
             return pa.concat_tables(parts) if parts else SAMPLE_SCHEMA.empty_table().select(names[:4])
 
-        verdicts = consistently(judge, path)
+        with stop.at_once(words):
+            verdicts = consistently(judge, path)
     finally:
         pool.close()
     sink = pa.BufferOutputStream()
@@ -280,7 +285,7 @@ def _rejudge(
                 begin()
             replace_shard(claim, file, tables)
         elif number == 0:
-            raise Stopped("stopped before the first verdict: the folder is as it was", stop.poll())
+            raise Stopped(_UNTOUCHED, stop.poll())
         if stop.poll() and not (is_whole and number + 1 == len(left)):
             if summary:
                 write_summary(claim, {**read_summary(claim.folder), "exit_code": stop.poll()})
