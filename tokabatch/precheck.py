@@ -35,7 +35,8 @@ from tokabatch.model.spec import ModelSpec
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.probe import check_output
 from tokabatch.output.same_job import find_run
-from tokabatch.scoring.pool import open_pool
+from tokabatch.output.schema import verdict_fields
+from tokabatch.scoring.pool import open_pool, refuse_majority
 
 _DEVICE_FILES = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
 """In /dev, wherever there is a GPU: by drivers of NVIDIA's, on its small boards, on Windows (WSL), by AMD's."""
@@ -98,7 +99,9 @@ def refuse_early(
         if not verifier.is_file():
             raise JobError(f"verify.kind: there is no file {verifier} in {Path.cwd()}; check the path")
         # In a process of its own, which is there in a fraction of the time that torch takes.
-        open_pool(job.verify).load()
+        columns = open_pool(job.verify).load().columns
+        verdict_fields(columns)
+        refuse_majority(job.verify, columns)
     spec, folder, tokenizer = refuse_model(job.model)
     refuse_beyond_context(job.generation, spec.context_length)
     # Words are token ids only behind the tokenizer.

@@ -72,6 +72,8 @@ FILES = {
     "judge_async.py": "async def also(text, row):\n    return True\n\ndef plain(text, row):\n    return True\n",
     "judge_syntax.py": "def verify(text, row)\n    return True\n",
     "judge.py": "def grade(text, row)\n    return True\n",
+    "judge_taken.py": "COLUMNS = {'text': str}\ndef verify(text, row):\n    return True\n",
+    "judge_plain.py": "def verify(text, row):\n    return True\n",
     "judge_imports.py": "import sympyx\n",
     "colon.yaml": "model {path: m}\ninput: {path: x}\noutput: {path: o}\ngeneration: {n 4}\n",
     "flat.yaml": "model: qs\ndataset: rows.jsonl\nprompt: '{{ q }}'\nsampling: {n: 2}\n"
@@ -366,6 +368,11 @@ MISTAKES = [
         ("run", Q, "verify.kind=./judge_imports.py"),
         r"No module named 'sympyx'\); the module sympyx that it imports is not there: check the name, put a file of",
     ),
+    (("run", Q, "verify.kind=./judge_taken.py"), "COLUMNS of its file names 'text', a column that the output has already"),
+    (("run", Q, "verify={kind: regex, options: {pattern: '('}}"), r"options\.pattern '\(' is not a valid regular expression"),
+    (("run", Q, "verify.options={letters: abc}", "verify.kind=choice"), "write different capital letters"),
+    (("run", Q, "verify.options={normalize: all}", "verify.kind=exact"), "write one of strip, lower, squad"),
+    (("run", Q, "verify.kind=./judge_plain.py", "verify.stop={majority: 2}"), "its COLUMNS have no 'extracted'"),
     (("run", "colon.yaml"), r"colon\.yaml:1: model \{path: .*a colon is missing behind model: write `model: \{path: …\}`"),
     (("run", "colon.yaml"), r"generation\.n 4: .*a colon is missing behind n: write `n: 4`"),
     (("run", Q, "generation.best_of=4"), r"not ranked by their probability; generation\.n draws several, and verify"),
@@ -434,6 +441,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # of a judge's file
     return tmp_path
 
 

@@ -570,11 +570,11 @@ def test_a_judge_without_any_verdict_costs_no_earlier_ones(rows: Path, judge: Pa
     scripted_run(rows, out, verify={"kind": str(judge)}, output={"rows_per_shard": 7})
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.suffix in (".parquet", ".json")}
     for verify, told in (
-        ("{kind: regex, answer: answer, options: {pattern: '('}}", "pattern is not a valid regular expression"),
-        (f"{{kind: {judge}:verdict}}", "KeyError: 'anser'"),
+        ("{kind: regex, answer: answer, options: {pattern: '('}}", r"pattern '\(' is not a valid regular expression"),
+        (f"{{kind: {judge}:verdict}}", "no verdict for any of the first .*KeyError: 'anser'.* stay as they are"),
     ):
         judge.write_text(judge.read_text() + "\ndef verdict(text, row): return row['anser'] in text\n")
-        with pytest.raises(JobError, match=f"no verdict for any of the first .*{told}.* stay as they are"):
+        with pytest.raises(JobError, match=told):
             score(out, [f"verify={verify}"])
         assert {file: file.read_bytes() for file in before} == before
         assert check(out).exit_code == 0 and (out / "_SUCCESS").exists()
@@ -677,8 +677,7 @@ def test_beside_a_run_the_verdicts_go_into_a_file(rows: Path, judge: Path, tmp_p
 
 def test_a_run_of_which_no_row_can_be_judged_does_not_begin(rows: Path, tmp_path: Path) -> None:
     for verify, told in (
-        ({"kind": "regex", "options": {"pattern": "("}}, "verify.options.pattern is not a valid regular expression"),
-        ({"kind": "exact", "answer": "answer", "options": {"normalize": "all"}}, "verify.options.normalize is 'all'"),
+        ({"kind": "choice", "answer": "answer", "options": {"choices": "none"}}, "its column 'none' is not a list"),
         ({"kind": "gsm8k", "answer": "question", "options": {}}, ""),
     ):
         if not told:

@@ -340,6 +340,16 @@ def test_references_are_checked_before_anything_is_computed(rows: Path, tmp_path
         ),
         ("def verify(text, row, *, strict): return True", r"it needs 'strict'; give verify\.options\.strict"),
         ("COLUMNS = {'a': list}\ndef verify(text, row): return True", r"write str, int, float or bool"),
+        ("COLUMNS = {'a': ['str']}\ndef verify(text, row): return True", r"COLUMNS\['a'\] is \['str'\]; write str, int, float"),
+        ("def verify(text, row, more, /): return True", r"called with a text and its row: .*'more'; write `verify"),
+        (
+            "def check(a, b): pass\ndef verify(text, row): return True",
+            r"its `check\(a, b\)` is called with a row alone, .*: .*'b'; write `check\(row\)`, or give it another name",
+        ),
+        (
+            "def check_options(): raise ValueError('no such file of words')\ndef verify(text, row): return True",
+            "no such file of words",
+        ),
         ("COLUMNS = ['a']\ndef verify(text, row): return True", r"write names and types"),
         ("async def verify(text, row): return True", r"`verify` is async or has `yield`; write a plain `def`"),
     ],

@@ -330,7 +330,7 @@ def test_exact_compares_as_configured() -> None:
         with pytest.raises(ValueError, match="is null"):
             right(exact, "a", reference)
     with pytest.raises(ValueError, match=r"normalize is 'upper'; write one of strip, lower, squad"):
-        right(exact, "a", "a", normalize="upper")
+        exact.check_options(normalize="upper")
 
 
 def test_regex() -> None:
@@ -340,10 +340,11 @@ def test_regex() -> None:
     assert regex.verify("any 5", {}, pattern=r"\d")["score"] and not regex.verify("any", {}, pattern=r"\d")["score"]
     for options, message in [
         ({"pattern": "("}, "not a valid regular expression"),
+        ({"pattern": 5}, "pattern is 5; write a text"),
         ({"pattern": "a", "which": "all"}, "first or last"),
     ]:
         with pytest.raises(ValueError, match=message):
-            regex.check({}, **options)
+            regex.check_options(**options)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ of their own, which begin with this.
 
 A verdict is True or False, a number (the score), None (there is no telling), or a mapping `{"score": ..., column: ...}` whose
 further keys the file declares: `COLUMNS = {"extracted": str}`, each of them str, int, float or bool. The file may have
-`check(row, **options)` as well, which raises ValueError where a row cannot be judged, whatever the text: it is called for all
-rows before anything is computed. A judge that raises costs the verdict of that sample alone.
+`check_options(**options)`, which raises ValueError for options that are wrong for any row and refuses the job, and
+`check(row, **options)`, which raises ValueError where a row cannot be judged, whatever the text: it is called for all rows
+before anything is computed. Both get those of the options that they name. A judge that raises costs the verdict of that sample
+alone.
 """
 
 from __future__ import annotations
@@ -137,11 +139,16 @@ class Judge:
             )
         self._function: Callable[..., Any] = function
         self._options = _options(spec, parameters[2:])
-        self._check = getattr(module, "check", None)
-        self._check_options: dict[str, Any] = {}
+        _refuse_call(spec.function, function, ("", {}), self._options)
+        check_options, self._check = (_function(module, name) for name in ("check_options", "check"))
+        if check_options is not None:
+            try:
+                check_options(**self._named(check_options))
+            except BaseException as error:
+                raise ValueError(_reason(error)) from error
         if self._check is not None:
-            names = inspect.signature(self._check).parameters
-            self._check_options = {name: value for name, value in self._options.items() if name in names}
+            self._check_options = self._named(self._check)
+            _refuse_call("check", self._check, ({},), self._check_options)
         self._correct_from = spec.correct_from
         self.takes_batches = bool(parameters) and parameters[0].name == "texts"
         self.columns: dict[str, str] = {}
@@ -149,10 +156,15 @@ class Judge:
         if not isinstance(declared, Mapping):
             raise ValueError("its COLUMNS is not a mapping; write names and types, such as {'found': str}")
         for name, kind in declared.items():
-            if kind not in COLUMN_TYPES:
+            if not isinstance(kind, type) or kind not in COLUMN_TYPES:
                 raise ValueError(f"COLUMNS[{name!r}] is {kind!r}; write str, int, float or bool")
             self.columns[str(name)] = COLUMN_TYPES[kind]
         self._declared: dict[str, type] = dict(declared)
+
+    def _named(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """Return the options that the function names."""
+        names = inspect.signature(function).parameters
+        return {name: value for name, value in self._options.items() if name in names}
 
     def check(self, row: Mapping[str, Any]) -> str | None:
         """Return why no text of this row can be judged; None if it can, or if the judge does not say."""
@@ -207,6 +219,11 @@ class Judge:
             return Verdict.none(_reason(error))
 
 
+def _function(module: ModuleType, name: str) -> Callable[..., Any] | None:
+    found = getattr(module, name, None)
+    return found if callable(found) else None
+
+
 def _load(spec: JudgeSpec) -> ModuleType:
     if spec.source.endswith(".py") and not Path(spec.source).exists():
         raise ValueError(f"there is no file {Path(spec.source).absolute()}; check the path")
@@ -237,6 +254,18 @@ def _load(spec: JudgeSpec) -> ModuleType:
             if name == "math_verify":
                 remedy = "install what it imports: pip install 'tokabatch[math]'"
         raise ValueError(f"it cannot be loaded ({type(error).__name__}{where}: {error}); {remedy}") from error
+
+
+def _refuse_call(name: str, function: Callable[..., Any], places: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Raise ValueError if the function does not take these arguments."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*places, **options)
+    except TypeError as error:
+        what = "a text and its row" if len(places) == 2 else "a row alone, to find rows that cannot be judged"
+        remedy = f"write `{name}(text, row)`" if len(places) == 2 else f"write `{name}(row)`, or give it another name"
+        written = f"{name}{_written(list(signature.parameters.values()))}"
+        raise ValueError(f"its `{written}` is called with {what}: {error}; {remedy}") from None
 
 
 def _options(spec: JudgeSpec, parameters: Sequence[inspect.Parameter]) -> dict[str, Any]:

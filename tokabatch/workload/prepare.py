@@ -34,8 +34,7 @@ from tokabatch.output.reasoning import ReasoningTags, choose_tags
 from tokabatch.output.schema import FailedRow, input_names, output_schema, verdict_fields
 from tokabatch.output.unwritable import refuse_unwritable
 from tokabatch.scheduling.contracts import Drawn, Requests
-from tokabatch.scoring.judge import ANSWER
-from tokabatch.scoring.pool import JudgePool, open_pool
+from tokabatch.scoring.pool import JudgePool, open_pool, refuse_majority
 from tokabatch.workload.open_model import OpenModel, open_without_weights, with_weights
 
 Compare = Callable[[Fingerprint, RowDigests | None, RowPlaces], None]
@@ -146,12 +145,9 @@ def prepare(
     """
     pool = None if job.verify is None else open_pool(job.verify)
     judge = None if pool is None else pool.load()
-    stop = None if job.verify is None else job.verify.stop
-    if judge is not None and stop is not None and stop.majority is not None and ANSWER not in judge.columns:
-        raise JobError(
-            f"verify.stop.majority counts equal answers, and the judge extracts none: its COLUMNS have no {ANSWER!r}. Use one "
-            "that does, such as gsm8k or choice, or verify.stop.after_correct"
-        )
+    verdicts = () if judge is None else verdict_fields(judge.columns)
+    if job.verify is not None and judge is not None:
+        refuse_majority(job.verify, judge.columns)
     job = settle_format(job)
     model, ends, checkpoint = open_without_weights(job, weights=weights, absent_gpu=absent_gpu)
     tokenizer, spec, generation = model.tokenizer, model.spec, model.generation
@@ -190,7 +186,7 @@ def prepare(
     schema = output_schema(
         store.column_schema,
         id_column=job.input.id_column,
-        verdicts=() if judge is None else verdict_fields(judge.columns),
+        verdicts=verdicts,
         reasoning=tags is not None,
         scored=job.mode == "score",
     )

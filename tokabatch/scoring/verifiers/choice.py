@@ -43,6 +43,12 @@ def verify(
     return {"score": extracted == expected, "extracted": extracted}
 
 
+def check_options(*, letters: Any = "ABCD") -> None:
+    """Raise ValueError for letters that cannot name options."""
+    if not isinstance(letters, str) or not letters.isalpha() or letters != letters.upper() or len(set(letters)) != len(letters):
+        raise ValueError(f"verify.options.letters is {letters!r}; write different capital letters, such as ABCDEFGHIJ")
+
+
 def check(row: Mapping[str, Any], *, answer: str, letters: str = "ABCD", choices: str | None = None) -> None:
     """Raise ValueError if the reference is no choice."""
     options, letters = _options(row, letters, choices)
@@ -104,8 +110,6 @@ def _plain(text: str) -> str:
 
 def _options(row: Mapping[str, Any], letters: str, choices: str | None) -> tuple[list[str], str]:
     """Return the options' texts, empty if the row has none, and their letters."""
-    if not letters.isalpha() or letters != letters.upper() or len(set(letters)) != len(letters):
-        raise ValueError(f"verify.options.letters is {letters!r}; write different capital letters, such as ABCDEFGHIJ")
     if choices is None:
         return [], letters
     options = row.get(choices)

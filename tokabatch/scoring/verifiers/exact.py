@@ -28,14 +28,18 @@ def verify(text: str, row: Mapping[str, Any], *, answer: str, normalize: str = "
     return {"score": extracted in expected, "extracted": extracted}
 
 
+def check_options(*, normalize: str = "strip") -> None:
+    """Raise ValueError for an unknown way to normalise."""
+    if normalize not in _NORMALIZE:
+        raise ValueError(f"verify.options.normalize is {normalize!r}; write one of {', '.join(_NORMALIZE)}")
+
+
 def check(row: Mapping[str, Any], *, answer: str, normalize: str = "strip") -> None:
     """Raise ValueError if the reference is null."""
     _expected(row, answer, normalize)
 
 
 def _expected(row: Mapping[str, Any], answer: str, normalize: str) -> list[str]:
-    if normalize not in _NORMALIZE:
-        raise ValueError(f"verify.options.normalize is {normalize!r}; write one of {', '.join(_NORMALIZE)}")
     reference = row.get(answer)
     references = reference if isinstance(reference, list) else [reference]
     if not references or None in references:

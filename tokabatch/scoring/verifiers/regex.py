@@ -24,8 +24,8 @@ def verify(
     which: str = "last",
     ignore_case: bool = False,
 ) -> dict[str, Any]:
-    """Return whether the match is the reference. Raises ValueError for a null reference and for an invalid pattern."""
-    expected = _expected(row, pattern, answer, which, ignore_case)
+    """Return whether the match is the reference. Raises ValueError for a null reference."""
+    expected = _expected(row, answer)
     found = list(_compiled(pattern, ignore_case).finditer(text))
     if not found:
         return {"score": False}
@@ -35,16 +35,21 @@ def verify(
     return {"score": expected is None or same, "extracted": extracted}
 
 
-def check(
-    row: Mapping[str, Any],
-    *,
-    pattern: str,
-    answer: str | None = None,
-    which: str = "last",
-    ignore_case: bool = False,
-) -> None:
-    """Raise ValueError if the reference is null, or the options are invalid."""
-    _expected(row, pattern, answer, which, ignore_case)
+def check_options(*, pattern: Any, which: str = "last") -> None:
+    """Raise ValueError if the pattern or `which` is invalid."""
+    if which not in ("first", "last"):
+        raise ValueError(f"verify.options.which is {which!r}; write first or last")
+    if not isinstance(pattern, str):
+        raise ValueError(f"verify.options.pattern is {pattern!r}; write a text, in quotes")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"verify.options.pattern {pattern!r} is not a valid regular expression: {error}") from error
+
+
+def check(row: Mapping[str, Any], *, answer: str | None = None) -> None:
+    """Raise ValueError if the reference is null."""
+    _expected(row, answer)
 
 
 @lru_cache(maxsize=16)
@@ -52,13 +57,7 @@ def _compiled(pattern: str, ignore_case: bool) -> re.Pattern[str]:
     return re.compile(pattern, re.IGNORECASE if ignore_case else 0)
 
 
-def _expected(row: Mapping[str, Any], pattern: str, answer: str | None, which: str, ignore_case: bool) -> str | None:
-    if which not in ("first", "last"):
-        raise ValueError(f"verify.options.which is {which!r}; write first or last")
-    try:
-        _compiled(pattern, ignore_case)
-    except re.error as error:
-        raise ValueError(f"verify.options.pattern is not a valid regular expression: {error}") from error
+def _expected(row: Mapping[str, Any], answer: str | None) -> str | None:
     if answer is None:
         return None
     if row.get(answer) is None:
