@@ -182,6 +182,7 @@ def _remote_code(folder: Path) -> None:
     auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": auto_map, "tokenizer_class": "Evil"}))
     (model / "tokenizer.json").rename(model / "vocab.json")
+    (model / "merges.txt").write_text("")
     _config(auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})(folder)
 
 

@@ -12,9 +12,11 @@ from tokabatch.job import ModelConfig
 
 TOKENIZER_JSON = "tokenizer.json"
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template"
-_VOCABULARIES = ("tokenizer.*.json", "vocab.json", "vocab.txt")
+_VOCABULARIES = ("tokenizer.*.json", "vocab.txt")
 """Files from which transformers makes a tokenizer without tokenizer.json: patterns. tokenizer_config.json alone gives an empty
 one."""
+_BPE = ("vocab.json", "merges.txt")
+"""Files from which it makes one together; one of them alone makes none."""
 _MODELS = "*.model"
 _READERS_OF_MODELS = ("sentencepiece", "tiktoken")
 """The libraries with which transformers reads those; which one is needed depends on the file."""
@@ -30,11 +32,16 @@ def tokenizer_folder(model: ModelConfig) -> Path | None:
         return None
     if (folder / TOKENIZER_JSON).exists() or any(next(folder.glob(file), None) for file in _VOCABULARIES):
         return folder
+    there, absent = ([name for name in _BPE if (folder / name).exists() is wanted] for wanted in (True, False))
+    if not absent:
+        return folder
     what, also = "no tokenizer (no tokenizer.json)", ""
     if packed := next(folder.glob(_MODELS), None):
         if any(map(find_spec, _READERS_OF_MODELS)):
             return folder
         what, also = f"{packed.name}, but no tokenizer.json", f", or install {' or '.join(_READERS_OF_MODELS)}, which reads it"
+    elif there:
+        what = f"{there[0]}, but neither {absent[0]} nor {TOKENIZER_JSON}"
     key = "model.tokenizer" if model.tokenizer else "model.path"
     raise ModelError(
         f"{key} {name!r} holds {what}; copy tokenizer.json into the folder, or name a folder or hub id that has it as "
