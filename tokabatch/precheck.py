@@ -26,6 +26,7 @@ from tokabatch.input.readers import is_of_files, list_local_files
 from tokabatch.input.rows import no_rows
 from tokabatch.input.tokenizer.files import TOKENIZER_JSON, has_no_chat_template, tokenizer_folder
 from tokabatch.job import FP8_NEEDS, EngineConfig, Job, ModelConfig, fp8_key, verifier_path
+from tokabatch.job.engine_limits import least_pages, refuse_limits, refuse_small_cache
 from tokabatch.model.checkpoint import read_checkpoint
 from tokabatch.model.families import read_spec
 from tokabatch.model.file_digests import known_files
@@ -104,6 +105,7 @@ def refuse_early(
         refuse_majority(job.verify, columns)
     spec, folder, tokenizer = refuse_model(job.model)
     refuse_beyond_context(job.generation, spec.context_length)
+    refuse_limits(job.engine, spec.context_length)
     # Words are token ids only behind the tokenizer.
     if fault := refuse_beyond(job.generation.model_copy(update={"bad_words": []}).params(), spec.vocab_size):
         raise JobError(f"generation.{fault}")
@@ -120,38 +122,44 @@ def refuse_early(
         return
     given, job = job, settle_format(job)
     try:
-        names = () if files is None or len(files) > _MOST_FILES else _check_columns(job, columns)
+        names, whole = ((), False) if files is None or len(files) > _MOST_FILES else _check_columns(job, columns)
     except InputError as error:
         if job.input.format != "openai" or given.input.format == "openai":
             raise
         raise InputError(
             f"{error}. By its first line, it is a batch file of OpenAI's API; write input.format: rows if it is not"
         ) from error
+    generation = effective_generation(job, folder)[0]
+    of_job = whole and SAMPLING_PARAMS not in names and job.input.format != "openai" and job.mode == "generate"
+    output = 1 if not of_job else generation.max_tokens if generation.max_tokens != "context" else spec.context_length - 1
+    refuse_small_cache(job.engine, least_pages(1 + output, job.engine.page_size))
     earlier = None if overwrite else find_run(OutputFolder(Path(job.output.path)), retry_errors=retry_errors)
     if earlier is not None:
         # The weights, which take long to read, are compared where they are opened.
         marks = {file.name: file.mark for file in known_files(folder, tokenizer, weights=False)}
         dtype = None if job.model.dtype == "auto" else job.model.dtype
-        earlier.compare(describe(job, effective_generation(job, folder)[0], marks, dtype=dtype))
+        earlier.compare(describe(job, generation, marks, dtype=dtype))
     if earlier is not None and job.input.limit is not None and job.input.format != "openai":
         earlier.compare_limit(job.input.limit)
     if earlier is not None and names and SAMPLING_PARAMS not in names:
         earlier.compare_n(job.generation.n)
 
 
-def _check_columns(job: Job, columns: PromptColumns) -> Collection[str]:
-    """Return the columns of the first rows. Raises UsageError for those that the job needs and that are not there."""
+def _check_columns(job: Job, columns: PromptColumns) -> tuple[Collection[str], bool]:
+    """Return the columns of the first rows, and whether these are all of the input's. Raises UsageError for columns that the
+    job needs and that are not there."""
     reader = open_rows(job.input)
     if reader.schema is not None:
         check_columns(job, columns, reader.schema.names)
-        return reader.schema.names
+        return reader.schema.names, True
     batches = list(islice(reader.batches(), 2))
     if not any(batch.rows for batch in batches):
         raise no_rows(reader.name)
     rows = [row for batch in batches[:1] for row in batch.rows][: job.input.limit]
     names = {name for row in rows if row.error is None for name in (*(row.columns or ()), *row.prompt_columns)}
-    if names and (len(batches) == 1 or len(rows) == job.input.limit):
+    whole = len(batches) == 1 or len(rows) == job.input.limit
+    if names and whole:
         check_columns(job, columns, names)
     elif names:
         check_first_rows(columns, names, len(rows))
-    return names
+    return names, whole

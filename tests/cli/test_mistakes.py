@@ -50,6 +50,7 @@ FILES = {
     "packed.jsonl.gz": "no gzip",
     "settings/tokenizer_config.json": '{"tokenizer_class": "Qwen2Tokenizer"}',
     "packed/tokenizer.model": "",
+    "half/vocab.json": "{}",
     "bare/config.json": (ROOT / "jobs" / "quickstart" / "config.json").read_text(),
     "pickle/config.json": (ROOT / "jobs" / "quickstart" / "config.json").read_text(),
     "pickle/pytorch_model.bin": "",
@@ -163,6 +164,10 @@ MISTAKES = [
     (("run", "place.yaml"), r"output\.dir: .* `path`\?.*generation\.verify: unknown key; did you mean `verify`\?"),
     (("run", "place.yaml"), r"input\.template: unknown key; did you mean `prompt\.template`\?"),
     (("run", "place.yaml"), r"messages: got a list; accepts a column's name, or null \(messages .* prompt\.system and prompt"),
+    (
+        ("run", Q, "engine.kv_cache_tokens=64", "generation.max_tokens=10", "input.limit=20"),
+        r"kv_cache_tokens is 64, but the shortest sample needs at least \d+ ",
+    ),
     (("run", Q, "input.path=openai/gsm8k"), "; a dataset of the hub is written hf://datasets/openai/gsm8k"),
     (("run", Q, "input.path=sub/rows.jsonl"), "does not exist; relative paths start from the folder you run in"),
     (("run", Q, "-o", "x"), "no option -o; the folder to write is a key of the job: output.path=FOLDER"),
@@ -275,7 +280,16 @@ MISTAKES = [
         r"no column context, qestion \(did you mean 'question'\?\); .* for an optional column write {{ context \| default",
     ),
     (("run", Q, "model.path=./mine"), r"\./mine: no such folder \(looked in /.*hub id like"),
-    (("plan", Q, "engine.kv_cache_tokens=8"), r"engine\.kv_cache_tokens allows 8; set engine\.kv_cache_tokens to at least \d+"),
+    (
+        ("run", Q, "engine.kv_cache_tokens=8"),
+        r"engine\.kv_cache_tokens is 8, but the shortest sample needs at least \d+ .*auto",
+    ),
+    (("run", Q, "engine.kv_cache_tokens=16", "generation.max_tokens=context"), "sample needs at least 2064 .*write auto"),
+    (("run", Q, "engine.queue_depth=4"), r"engine\.queue_depth is 4; .* write 1 to 3 or auto"),
+    (
+        ("run", Q, "engine.page_size=4096"),
+        r"engine\.page_size is 4096, more than the model's context of 2,048 tokens; write 16",
+    ),
     (("run", Q, "input.path=nothing", "output.path=nothing/out"), "choose an output.path outside of that folder"),
     (("plan", Q, "--device", "h200"), "belong to --simulate; add it"),
     (("run", "judge_without.py"), r"judge_without\.py: is a program, not a job file; start it with `python judge_without\.py`"),
@@ -348,6 +362,10 @@ MISTAKES = [
     (("run", Q, "model.path=typo"), "supported: llama, qwen2, qwen3. Did you mean 'llama'?"),
     (("run", Q, "model.tokenizer=bare"), r"holds no tokenizer .*; copy tokenizer\.json into the folder, or name"),
     (("run", Q, "model.tokenizer=settings"), r"holds no tokenizer \(no tokenizer\.json\); copy"),
+    (
+        ("run", Q, "model.tokenizer=half"),
+        r"holds vocab\.json, but neither merges\.txt nor tokenizer\.json; copy tokenizer\.json",
+    ),
     (("run", Q, "model.tokenizer=packed"), r"holds tokenizer\.model, but no tokenizer\.json; .*, or install sentencepiece or"),
     (
         ("run", Q, "output.path=foreign"),
@@ -462,7 +480,7 @@ def test_the_message_says_what_to_do(
 
 
 SLOW = ("torch", "transformers", "tokenizers")
-LATE = ("engine.", "--simulate", "max_tokens=9999", "--to r.jsonl", "long.jsonl", "unjudged")
+LATE = ("engine.process", "kv_cache_tokens=64", "--simulate", "max_tokens=9999", "--to r.jsonl", "long.jsonl", "unjudged")
 """What torch or the whole input decides, or a run alone."""
 
 

@@ -19,13 +19,13 @@ import torch
 from tokabatch.attention.base import KVShape
 from tokabatch.errors import JobError
 from tokabatch.job import EngineConfig
+from tokabatch.job.engine_limits import least_pages, refuse_limits, refuse_small_cache
 from tokabatch.model.partition import VocabularyShard, kv_heads, stage_layers
 from tokabatch.model.spec import ModelSpec, layer_prefix, tensor_shapes
 from tokabatch.number_text import counted
 from tokabatch.parallel.mesh import Mesh
 from tokabatch.scheduling.contracts import Alike
 
-MAX_QUEUE_DEPTH = 3
 MOST_STEPS = 5
 """The most steps in flight on a worker with several pipeline stages: fewer than the sets of buffers of a GPU backend
 (`RING`)."""
@@ -125,7 +125,7 @@ def decide_sizes(
     and the key to change, if not even the shortest sample fits.
     """
     page = config.page_size
-    _check_limits(config, spec)
+    refuse_limits(config, spec.context_length)
     defaults = DEFAULTS[device]
     worth = defaults.max_running if running_samples is None else running_samples
     wanted = worth if config.max_running == "auto" else config.max_running
@@ -151,7 +151,7 @@ def decide_sizes(
         min_group=0 if config.hydragen is False else group,
         min_prefix_pages=max(1, -(-prefix // page)),
         useful_pages=prompt_pages + max_running * (-(-facts.longest_output // page) + 2) + per_sequence + 1,
-        least_pages=-(-facts.shortest_sequence // page) + 1,
+        least_pages=least_pages(facts.shortest_sequence, page),
         asked_tokens=None if config.kv_cache_tokens == "auto" else config.kv_cache_tokens,
         alike=_alike(facts, page, replicas) if config.max_running == "auto" else None,
     )
@@ -162,6 +162,7 @@ def decide_sizes(
         reported = pages_reported(facts, max_running, page, int(host * HOST_SHARE))
         sizes = replace(sizes, useful_pages=min(sizes.useful_pages, reported))
         fitting = min(fitting, reported)
+    refuse_small_cache(config, sizes.least_pages)
     return settle_pages(sizes, fitting)
 
 
@@ -181,7 +182,6 @@ def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
     page, needed, least, asked = sizes.page_size, sizes.needed_pages, sizes.least_pages, sizes.asked_tokens
     if asked is None:
         budget = fitting
-        remedy = "use a machine with more memory, lower generation.logprobs or engine.max_running where they are high"
     else:
         # A small job does not fill the configured size.
         budget = min(asked // page, max(sizes.useful_pages, needed))
@@ -190,35 +190,22 @@ def settle_pages(sizes: ReplicaSizes, fitting: int) -> ReplicaSizes:
                 f"engine.kv_cache_tokens is {asked}, but memory holds about {fitting * page} beside the weights; write auto or "
                 "at most that"
             )
-        remedy = f"set engine.kv_cache_tokens to at least {least * page}"
     if budget < least:
-        if asked is None and budget <= 0:
+        # One that the job asks for is refused before (`engine_limits.refuse_small_cache`).
+        if budget <= 0:
             raise JobError(
                 "model.path: beside the weights, the workspace and other processes, no memory is left for the KV cache; use a "
                 "smaller model, end other processes on the device, lower generation.logprobs or engine.max_running if they "
                 "are high, or use a machine with more memory (`tokabatch plan JOB --simulate --device h100` plans for a device "
                 "that this machine does not have)"
             )
-        allowed = f"{max(0, budget) * page} fit" if asked is None else f"engine.kv_cache_tokens allows {asked}"
         raise JobError(
-            f"the shortest sample needs {counted(least * page, 'token')} of KV cache (prompt plus max_tokens), but {allowed}; "
-            f"{remedy}, or lower generation.max_tokens"
+            f"the shortest sample needs {counted(least * page, 'token')} of KV cache (prompt plus max_tokens), but "
+            f"{budget * page} fit; use a machine with more memory, lower generation.logprobs or engine.max_running where they "
+            "are high, or lower generation.max_tokens"
         )
     num_pages = min(budget, max(sizes.useful_pages, needed))
     return replace(sizes, num_pages=num_pages, max_pages_per_sequence=min(sizes.max_pages_per_sequence, num_pages))
-
-
-def _check_limits(config: EngineConfig, spec: ModelSpec) -> None:
-    if config.page_size > spec.context_length:
-        raise JobError(
-            f"engine.page_size is {config.page_size}, more than the model's context of "
-            f"{counted(spec.context_length, 'token')}; write 16"
-        )
-    if config.queue_depth != "auto" and config.queue_depth > MAX_QUEUE_DEPTH:
-        raise JobError(
-            f"engine.queue_depth is {config.queue_depth}; more than {MAX_QUEUE_DEPTH} steps ahead gain nothing, write 1 to "
-            f"{MAX_QUEUE_DEPTH} or auto"
-        )
 
 
 def _fitting_pages(

@@ -29,6 +29,7 @@ from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.input.store.tokenized_input import InputStore, ingest
 from tokabatch.input.tokenizer.stop_texts import describe_stops
 from tokabatch.job import GenerationConfig, Job
+from tokabatch.job.engine_limits import least_pages, refuse_small_cache
 from tokabatch.number_text import counted
 from tokabatch.output.reasoning import ReasoningTags, choose_tags
 from tokabatch.output.schema import FailedRow, input_names, output_schema, verdict_fields
@@ -195,12 +196,17 @@ def prepare(
     places = json_texts(store.column_schema)
     mixed = ", ".join(map(place_name, places[:SHOWN_COLUMNS])) + ", …" * (len(places) > SHOWN_COLUMNS)
     everything = np.arange(generation.n, dtype=np.int32)
+    num_samples = requests.num_samples()
+    if len(requests):
+        # Refused before anything is written: the message proposes other settings, which would make it another job.
+        facts = Demand(**vars(model), requests=requests, num_samples=num_samples).facts()
+        refuse_small_cache(job.engine, least_pages(facts.shortest_sequence, job.engine.page_size))
     weightless = checkpoint is None and Path(job.model.path).expanduser().is_dir()
     return Workload(
         **vars(model),
         store=store,
         requests=requests,
-        num_samples=requests.num_samples(),
+        num_samples=num_samples,
         failures=tuple(FailedRow(row, everything, error) for row, error in sorted(store.errors.items())),
         output_schema=schema,
         samples_of_row=samples_of_row,
