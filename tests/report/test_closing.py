@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report.test_summary import SUMMARY
+from support.scripted_run import scripted_run
 
 from tokabatch.errors import DamageError
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, Kind
 from tokabatch.report import closing
+from tokabatch.report.review import write_report
 
 OUT = Path("out/a b")
 SAMPLE = Excerpt(0, 0, "a text", "stop", 3, None, {})
@@ -32,6 +36,26 @@ def test_right_and_wrong_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(shown) == ["row 0, sample 0, right", "row 1, sample 0, right", "row 5, sample 0, wrong"]
     assert list(show(monkeypatch, {"wrong": (replace(SAMPLE, unjudged="it hung"),)})) == ["row 0, sample 0, no verdict"]
     assert list(show(monkeypatch, {"right": tuple(right)})) == [f"row {row}, sample 0, right" for row in (0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("verify", "said"),
+    [
+        ({"kind": "regex", "answer": "answer", "options": {"pattern": "[^e]+"}}, r"extracted (?!nothing).+, expected 1,072"),
+        ({"kind": "gsm8k", "answer": "answer"}, "extracted nothing, expected 1072"),
+        ({"kind": "{}"}, r"length \d+"),
+    ],
+)
+def test_what_a_judge_found_is_shown_beside_its_verdict(verify: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """In the terminal below each sample, and in its line on the page."""
+    rows, judge, out = tmp_path / "rows.jsonl", tmp_path / "long.py", tmp_path / "out"
+    rows.write_text('{"question": "How many?", "answer": "1,072"}\n')
+    judge.write_text("COLUMNS = {'length': int}\ndef verify(text, row): return {'score': False, 'length': len(text)}\n")
+    summary = scripted_run(rows, out, verify={**verify, "kind": verify["kind"].format(judge)})
+    section = next(each for each in closing.closing_sections(out, summary) if each.title == "Samples")
+    (sample, judged) = section.rows
+    assert sample[0].endswith(", wrong") and judged[0] == "judged" and re.fullmatch(said, judged[1]), section
+    assert f"; {judged[1]}</small>" in write_report(out).read_text()
 
 
 def test_a_notebook_shows_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from tokabatch.input.store.json_types import parse_json_texts
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import read_manifest
-from tokabatch.output.schema import CORRECT, SCORE_FIELDS, input_names, own_names, row_names, verdict_names
+from tokabatch.output.schema import CORRECT, SCORE_FIELDS, VERDICT_FIELDS, input_names, own_names, row_names, verdict_names
 from tokabatch.output.shards import open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.parquet_file import ParquetFile
@@ -67,6 +67,8 @@ class Excerpt:
     """Why the job's judge gave no verdict, if it gave none."""
     logprob: float | None = None
     """Sum of the log-probabilities of its tokens, if they were recorded."""
+    judged: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What its judge says besides the verdict, such as the answer that it has `extracted`; empty without a verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +272,8 @@ def _read(shard: ListedFile, group: int, offset: int, id_column: str | None) -> 
     (values,) = python_rows(table)
     sources = row_names(schema, id_column)
     parse_json_texts([values], schema, input_names(schema))
+    verdicts = {each.name for each in VERDICT_FIELDS}
+    judges = [name for name in verdict_names(schema) if name not in verdicts] if values.get("correct") is not None else []
     return Excerpt(
         values["row_index"],
         values["sample_index"],
@@ -280,4 +284,5 @@ def _read(shard: ListedFile, group: int, offset: int, id_column: str | None) -> 
         {source: values[name] for name, source in sources.items() if name in values},
         values["verify_error"] or "it is not judged yet" if CORRECT.name in own and values["correct"] is None else "",
         values["cumulative_logprob"],
+        {name: values[name] for name in judges},
     )

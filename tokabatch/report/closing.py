@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from tokabatch.errors import TokabatchError
 from tokabatch.number_text import counted, share_text
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, error_rows, excerpts, finish_reasons
 from tokabatch.output.folder import OutputFolder
+from tokabatch.output.manifest import read_manifest
 from tokabatch.report.render import plain
 from tokabatch.report.sections import Section
 from tokabatch.report.summary import RunSummary
+from tokabatch.scoring.expected import expected_answers
 
 _SAMPLES = 3
 PER_CODE = 3
 _SAMPLE_LINES, _SAMPLE_CHARACTERS = 10, 600
-_MESSAGE_CHARACTERS = 300
+_MESSAGE_CHARACTERS, _VALUE_CHARACTERS = 300, 80
 
 
 def closing_sections(out: Path, summary: RunSummary) -> tuple[Section, ...]:
@@ -34,7 +38,9 @@ def closing_sections(out: Path, summary: RunSummary) -> tuple[Section, ...]:
             title = title if scored else "Samples"
             sections += () if scored else _cut_off(out)
             # None, where the folder was moved meanwhile.
-            sections += [Section(title, tuple(map(_sample, few)))] if few else []
+            manifest = read_manifest(OutputFolder(out)) if any(each.judged for each in few) else None
+            verify = (manifest and manifest.job.get("verify")) or {}
+            sections += [Section(title, tuple(row for each in few for row in _sample(each, verify)))] if few else []
         if summary.errors:
             sections.append(errors_section(error_rows(out, PER_CODE)))
     except (TokabatchError, OSError):
@@ -71,13 +77,27 @@ def _few(out: Path) -> list[Excerpt]:
     return sorted((*judged, *found.get("first", ()))[:_SAMPLES], key=lambda each: (each.row_index, each.sample_index))
 
 
-def _sample(sample: Excerpt) -> tuple[str, str]:
+def judged_text(sample: Excerpt, verify: Mapping[str, Any]) -> str:
+    """What the judge has found in a sample, and what a verifier of the package expected; `verify` is the job's section."""
+    expected = expected_answers(verify, sample.columns) if sample.judged else []
+    said = [*sample.judged.items(), *((("expected", " or ".join(expected)),) if expected else ())]
+    return ", ".join(f"{name} {_short(value)}" for name, value in said)
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else f"{value:,.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    return (text if len(text) <= _VALUE_CHARACTERS else f"{text[:_VALUE_CHARACTERS]} […]") or "an empty text"
+
+
+def _sample(sample: Excerpt, verify: Mapping[str, Any]) -> list[tuple[str, str]]:
     verdict = ", right" if sample.correct else "" if sample.correct is None else ", wrong"
     verdict = ", no verdict" if sample.unjudged else verdict
     scored = sample.finish_reason == "scored"
     label = f"row {sample.row_index:,}, {'text' if scored else 'sample'} {sample.sample_index:,}{verdict}"
     text = _cut(sample.text.strip(), _SAMPLE_LINES, _SAMPLE_CHARACTERS) or "(no text)"
-    return label, text if not scored or sample.logprob is None else f"{sample.logprob:.2f}  {text}"
+    text = text if not scored or sample.logprob is None else f"{sample.logprob:.2f}  {text}"
+    judged = judged_text(sample, verify)
+    return [(label, text), *((("judged", judged),) if judged else ())]
 
 
 def _row(error: ErrorRow) -> str:

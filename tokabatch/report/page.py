@@ -19,7 +19,7 @@ from tokabatch.number_text import counted, decimal_text, seconds_text
 from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
 from tokabatch.output.steps import elapsed
 from tokabatch.report import plots
-from tokabatch.report.closing import errors_section
+from tokabatch.report.closing import errors_section, judged_text
 from tokabatch.report.step_figures import step_figures
 from tokabatch.scoring.estimates import Estimate, distinct
 
@@ -111,6 +111,8 @@ class RunRecord:
     """Samples that are still to be judged."""
     cut_off: int = 0
     """Samples that ended at max_tokens or at the end of the context."""
+    verify: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The job's section."""
     per_token: PerToken | None = None
     """None unless the job scores given texts."""
     shared: bool = False
@@ -209,15 +211,16 @@ def _samples(run: RunRecord) -> str:
     if len(run.lengths) and run.lengths.min() == run.lengths.max():
         titles.pop("longest", None)
     parts = [
-        f"<h2>{title}</h2>{''.join(_sample(each, run.prompts.get(each.row_index)) for each in run.samples_shown[kind])}"
+        f"<h2>{title}</h2>{''.join(_sample(each, run) for each in run.samples_shown[kind])}"
         for kind, title in titles.items()
         if run.samples_shown.get(kind)
     ]
     return "".join(parts)
 
 
-def _sample(sample: Excerpt, prompt: str | None) -> str:
+def _sample(sample: Excerpt, run: RunRecord) -> str:
     """Return a folded sample: its prompt (folded again if it is long), its text, and the columns of its row."""
+    prompt, judged = run.prompts.get(sample.row_index), judged_text(sample, run.verify)
     scored = sample.finish_reason == "scored"
     mark = "<b class=good>right</b> " if sample.correct else "" if sample.correct is None else "<b class=bad>wrong</b> "
     if sample.unjudged:
@@ -227,6 +230,7 @@ def _sample(sample: Excerpt, prompt: str | None) -> str:
         per_token = sample.logprob / max(1, sample.num_output_tokens)
         ended += f", log-probability {sample.logprob:,.2f}, {per_token:,.2f} per token"
     ended += ", cut off" if sample.finish_reason == "length" else ""
+    ended += f"; {judged}" if judged else ""
     columns = "".join(f"<tr><th>{escape(name)}<td>{escape(_cut(value))}" for name, value in sample.columns.items())
     shown = ""
     if prompt is not None:

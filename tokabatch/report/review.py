@@ -82,6 +82,7 @@ def read_record(out: Path) -> RunRecord:
         without_verdict=status.without_verdict or 0,
         unjudged=(status.unjudged or 0) + (status.of_another_judge or 0),
         cut_off=finish_reasons(folder)["length"] if status.ok else 0,
+        verify=(manifest and manifest.job.get("verify")) or {},
         per_token=_per_token(folder, manifest) if manifest and manifest.job.get("mode") == "score" else None,
     )
 

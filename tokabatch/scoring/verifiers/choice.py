@@ -35,12 +35,12 @@ def verify(
 ) -> dict[str, Any]:
     """Return whether `text` chooses the reference. Raises ValueError for a reference that is no choice."""
     options, letters = _options(row, letters, choices)
-    expected = _letter(row.get(answer), letters, options)
+    wanted = _letter(row.get(answer), letters, options)
     same = [letter for letter, option in zip(letters, options, strict=False) if option.strip() == text.strip()]
     alike = len(text.strip()) > 1 or all(len(option.strip()) == 1 for option in options)
     exact = same[0] if len(same) == 1 and alike else None
     extracted = exact or find_choice(text, letters) or _by_text(text, letters, options)
-    return {"score": extracted == expected, "extracted": extracted}
+    return {"score": extracted == wanted, "extracted": extracted}
 
 
 def check_options(*, letters: Any = "ABCD") -> None:
@@ -53,6 +53,12 @@ def check(row: Mapping[str, Any], *, answer: str, letters: str = "ABCD", choices
     """Raise ValueError if the reference is no choice."""
     options, letters = _options(row, letters, choices)
     _letter(row.get(answer), letters, options)
+
+
+def expected(row: Mapping[str, Any], *, answer: str, letters: str = "ABCD", choices: str | None = None) -> list[str]:
+    """Return the reference's letter."""
+    options, letters = _options(row, letters, choices)
+    return [_letter(row.get(answer), letters, options)]
 
 
 @lru_cache(maxsize=32)

@@ -23,9 +23,9 @@ _NORMALIZE = {
 
 def verify(text: str, row: Mapping[str, Any], *, answer: str, normalize: str = "strip") -> dict[str, Any]:
     """Return whether `text` equals a reference, a string or the `str` of a value. Raises ValueError for a null reference."""
-    expected = _expected(row, answer, normalize)
+    wanted = _expected(row, answer, normalize)
     extracted = _NORMALIZE[normalize](text)
-    return {"score": extracted in expected, "extracted": extracted}
+    return {"score": extracted in wanted, "extracted": extracted}
 
 
 def check_options(*, normalize: str = "strip") -> None:
@@ -37,6 +37,11 @@ def check_options(*, normalize: str = "strip") -> None:
 def check(row: Mapping[str, Any], *, answer: str, normalize: str = "strip") -> None:
     """Raise ValueError if the reference is null."""
     _expected(row, answer, normalize)
+
+
+def expected(row: Mapping[str, Any], *, answer: str, normalize: str = "strip") -> list[str]:
+    """Return the reference, or each of several, as texts are compared with it."""
+    return _expected(row, answer, normalize)
 
 
 def _expected(row: Mapping[str, Any], answer: str, normalize: str) -> list[str]:

@@ -89,13 +89,18 @@ COLUMNS = {"extracted": str}
 def verify(text: str, row: Mapping[str, Any], *, answer: str) -> dict[str, Any]:
     """Return whether the answer in `text` equals the reference: a number, or a text that ends in one, as solutions do. Raises
     ValueError for a reference without a number."""
-    found, expected = find_answer(text), _expected(row.get(answer))
-    return {"score": found is not None and Fraction(found) == expected, "extracted": None if found is None else _written(found)}
+    found, wanted = find_answer(text), _expected(row.get(answer))
+    return {"score": found is not None and Fraction(found) == wanted, "extracted": None if found is None else _written(found)}
 
 
 def check(row: Mapping[str, Any], *, answer: str) -> None:
     """Raise ValueError if the reference holds no number."""
     _expected(row.get(answer))
+
+
+def expected(row: Mapping[str, Any], *, answer: str) -> list[str]:
+    """Return the reference's number, written as `extracted` is."""
+    return [_written(_expected(row.get(answer)))]
 
 
 def find_answer(text: str) -> Value | None:
@@ -114,10 +119,10 @@ def find_answer(text: str) -> Value | None:
 def _expected(reference: Any) -> Fraction:
     if isinstance(reference, float | Decimal):
         reference = f"{Decimal(str(reference)):f}"
-    expected = None if reference is None else find_answer(str(reference))
-    if expected is None:
+    found = None if reference is None else find_answer(str(reference))
+    if found is None:
         raise ValueError(f"the reference answer {str(reference)[:80]!r} holds no number")
-    return Fraction(expected)
+    return Fraction(found)
 
 
 def _written(value: Value) -> str:

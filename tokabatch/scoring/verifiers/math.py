@@ -20,11 +20,11 @@ _SECONDS = 5
 
 def verify(text: str, row: Mapping[str, Any], *, answer: str) -> dict[str, Any]:
     """Return whether the text's answer equals the reference. Raises ValueError for a reference that holds no formula."""
-    expected = _expected(row, answer)
+    wanted = _expected(row, answer)
     found = math_verify.parse(text, parsing_timeout=_SECONDS)
     if not found:
         return {"score": False}
-    score = math_verify.verify(expected, found, timeout_seconds=_SECONDS)
+    score = math_verify.verify(wanted, found, timeout_seconds=_SECONDS)
     return {"score": bool(score), "extracted": str(found[0])}
 
 
@@ -33,13 +33,18 @@ def check(row: Mapping[str, Any], *, answer: str) -> None:
     _expected(row, answer)
 
 
+def expected(row: Mapping[str, Any], *, answer: str) -> list[str]:
+    """Return the reference as it is written in the row."""
+    return [str(row[answer])]
+
+
 def _expected(row: Mapping[str, Any], answer: str) -> list[Any]:
     if row.get(answer) is None:
         raise ValueError("the reference answer is null")
-    expected = _parsed(str(row[answer]))
-    if not expected:
+    parsed = _parsed(str(row[answer]))
+    if not parsed:
         raise ValueError(f"the reference answer {str(row[answer])[:80]!r} holds no formula or number")
-    return expected
+    return parsed
 
 
 @lru_cache(maxsize=1024)

@@ -25,14 +25,14 @@ def verify(
     ignore_case: bool = False,
 ) -> dict[str, Any]:
     """Return whether the match is the reference. Raises ValueError for a null reference."""
-    expected = _expected(row, answer)
+    wanted = _expected(row, answer)
     found = list(_compiled(pattern, ignore_case).finditer(text))
     if not found:
         return {"score": False}
     match = found[-1 if which == "last" else 0]
     extracted = ((match[1] if match.re.groups else match[0]) or "").strip()
-    same = extracted.lower() == expected.lower() if ignore_case and expected is not None else extracted == expected
-    return {"score": expected is None or same, "extracted": extracted}
+    same = extracted.lower() == wanted.lower() if ignore_case and wanted is not None else extracted == wanted
+    return {"score": wanted is None or same, "extracted": extracted}
 
 
 def check_options(*, pattern: Any, which: str = "last") -> None:
@@ -50,6 +50,12 @@ def check_options(*, pattern: Any, which: str = "last") -> None:
 def check(row: Mapping[str, Any], *, answer: str | None = None) -> None:
     """Raise ValueError if the reference is null."""
     _expected(row, answer)
+
+
+def expected(row: Mapping[str, Any], *, answer: str | None = None) -> list[str]:
+    """Return the reference, if there is one."""
+    reference = _expected(row, answer)
+    return [] if reference is None else [reference]
 
 
 @lru_cache(maxsize=16)
