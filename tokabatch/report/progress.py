@@ -28,7 +28,7 @@ from tokabatch.number_text import seconds_text
 Phase = Literal["starting", "reading", "simulating", "loading", "generating", "judging", "writing"]
 
 _REFRESH_SECONDS = 0.2
-_LINE_SECONDS = 5.0
+_LINE_SECONDS, _LINE_COLUMNS = 5.0, 80
 _WINDOW_SECONDS = 10.0
 _TRUSTED_SECONDS = 5.0
 """Of sampling, before the time left is estimated: at first prompts take most of a step."""
@@ -243,7 +243,8 @@ class Rates:
 
 
 class LineProgress(MessagesOnly):
-    """One plain line every few seconds and at each change of phase, without control codes."""
+    """The figures every few seconds and at each change of phase, as plain text without control codes: a line, or two where they
+    are too wide for a terminal that the text is read on later."""
 
     interval: float | None = _LATEST_SECONDS
 
@@ -273,7 +274,9 @@ class LineProgress(MessagesOnly):
         self._phase = snapshot.phase
         self._unshown = None
         self._rates.add(snapshot)
-        self.message(f"[{seconds_text(snapshot.elapsed):>7}] {snapshot.phase:<10} {'  '.join(_facts(snapshot, self._rates))}")
+        begin = f"[{seconds_text(snapshot.elapsed):>7}] {snapshot.phase:<10} "
+        lines = _lines(_facts(snapshot, self._rates), _LINE_COLUMNS - len(begin))
+        self.message(begin + f"\n{' ' * len(begin)}".join(lines))
 
 
 class LiveProgress:
