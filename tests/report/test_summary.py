@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from tokabatch.job import Setting
 from tokabatch.number_text import counted, first_counted, seconds_text
-from tokabatch.report.folder_state import status_sections
+from tokabatch.report.folder_state import next_section, status_sections
 from tokabatch.report.plan_report import HostFacts, ModelFacts, PlanReport, ReplicaFacts, plan_sections
 from tokabatch.report.render import plain, tables
 from tokabatch.report.sections import Section
@@ -221,8 +222,44 @@ class TestRender:
 
     def test_status_says_how_much_is_done(self) -> None:
         shown = facts(status_sections({"rows": 4, "samples": 8, "ok": 5, "errors": 1, "cancelled": 0, "pending": 2}))
-        assert (shown["samples"], shown["ok"], shown["pending"]) == ("8, 75.0% done", "5", "2") and "cancelled" not in shown
+        assert (shown["samples"], shown["ok"], shown["pending"]) == ("8, 75.0% done", "5", "2, still to be computed")
+        assert "cancelled" not in shown
         assert facts(status_sections({"samples": 0, "pending": 0}))["samples"] == "0"
+
+    def test_status_explains_what_is_missing(self) -> None:
+        none = {"correct": 0, "unjudged": 0, "without_verdict": 0, "of_another_judge": 0, "pending": 0}
+        assert facts(status_sections(none)) == {"right": "0"}
+        assert facts(status_sections({name: 3 for name in none})) == {
+            "right": "3",
+            "still to be judged": "3, computed without a verdict so far",
+            "without a verdict": "3, as the judge could not judge them; they count as wrong",
+            "of another judge": "3, whose verdicts count nowhere",
+            "pending": "3, still to be computed",
+        }
+
+    @pytest.mark.parametrize(
+        ("state", "counts", "commands"),
+        [
+            ("running", {"ok": 3, "pending": 5}, ["watch -n 10 tokabatch status 'out/a b'", "tokabatch report 'out/a b'"]),
+            ("running", {"pending": 8}, ["watch -n 10 tokabatch status 'out/a b'"]),
+            ("incomplete", {"pending": 8}, ["the same `tokabatch run` again"]),
+            (
+                "incomplete",
+                {"ok": 3, "errors": 2, "pending": 3},
+                ["the same `tokabatch run` again", "tokabatch errors 'out/a b'", "tokabatch report 'out/a b'"],
+            ),
+            ("incomplete", {"ok": 8, "of_another_judge": 3}, ["tokabatch score 'out/a b'", "tokabatch report 'out/a b'"]),
+            (
+                "complete",
+                {"ok": 8},
+                ["tokabatch export 'out/a b' --to samples.jsonl", "tokabatch report 'out/a b'"],
+            ),
+        ],
+    )
+    def test_status_says_what_to_do_next_in_every_state(self, state: str, counts: dict[str, int], commands: list[str]) -> None:
+        values = {"state": state, "ok": 0, "errors": 0, "pending": 0, "unjudged": 0, "of_another_judge": None, **counts}
+        (section,) = next_section(Path("out/a b"), values)
+        assert [row[0] for row in section.rows] == commands
 
 
 @pytest.mark.parametrize(

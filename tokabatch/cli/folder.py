@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from tokabatch.cli.arguments import OutArgument
-from tokabatch.cli.printing import READER_ENDED, print_note, print_result
+from tokabatch.cli.printing import READER_ENDED, draws_tables, print_note, print_result
 from tokabatch.cli.signals import stop_on_signals
 from tokabatch.errors import EXIT_ERRORS, JobError, OutputError, Stopped, UsageError
 from tokabatch.number_text import counted
@@ -48,8 +48,11 @@ def status(out: OutArgument) -> None:
         estimates, how = verdicts.read_estimates(folder) or (), verdicts.read_estimator(folder)
         unjudged = (found.unjudged or 0) + (found.of_another_judge or 0)
         sections += verdicts_of(estimates, found.committed, found.samples, how, unjudged=unjudged)
-    sections += shown.what_is_left(out, values) if found.state == "incomplete" else ()
     print_result(sections)
+    # Lines that are not wrapped, however narrow the terminal: they are to be pasted.
+    print_result(
+        ("" if draws_tables() else "\n") + import_module("tokabatch.report.render").plain(shown.next_section(out, values))
+    )
 
 
 def errors(

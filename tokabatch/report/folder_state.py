@@ -10,23 +10,47 @@ from typing import Any
 from tokabatch.number_text import count_text, counted, seconds_text
 from tokabatch.report.sections import Section
 
+_EXPLAINED = {
+    "cancelled": ("cancelled", ""),
+    "pending": ("pending", ", still to be computed"),
+    "unjudged": ("still to be judged", ", computed without a verdict so far"),
+    "without_verdict": ("without a verdict", ", as the judge could not judge them; they count as wrong"),
+    "of_another_judge": ("of another judge", ", whose verdicts count nowhere"),
+}
+"""Figures that are left out where they are 0: the label, and what follows the number."""
+
 
 def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] | None = None) -> tuple[Section, ...]:
     """The state of an output folder: (name, value) as they come, unknown ones left out; `pace` is that of a running job."""
     rows: list[tuple[str, str]] = []
     for name, value in values.items():
-        if value is None or (name == "cancelled" and not value):
+        if value is None or (not value and name in _EXPLAINED):
             continue
         text = f"{value:.4f}" if isinstance(value, float) else count_text(value) if isinstance(value, int) else str(value)
         if name == "samples" and value and values.get("pending") is not None:
             # Rounded down: 100 % says that none is pending.
             text += f", {(value - values['pending']) * 1000 // value / 10}% done"
-        rows.append((name.replace("_", " "), text))
+        label, meaning = _EXPLAINED.get(name, ("right" if name == "correct" else name, ""))
+        rows.append((label.replace("_", " "), f"{text}{meaning}"))
     return (Section("Status", (*rows, *_pace(pace or {}))),)
 
 
+def next_section(out: Path, values: Mapping[str, Any]) -> tuple[Section, ...]:
+    """Commands to continue with: in every state those that are of use then, as at the end of a run."""
+    folder, rows = quote(str(out)), [row for section in what_is_left(out, values) for row in section.rows]
+    if values["state"] == "running":
+        rows = [(f"watch -n 10 tokabatch status {folder}", "shows this every 10 seconds")]
+    if values["errors"]:
+        rows.append((f"tokabatch errors {folder}", "lists the error rows"))
+    if values["state"] == "complete" and values["ok"]:
+        rows.append((f"tokabatch export {folder} --to samples.jsonl", "all samples in one file"))
+    if values["state"] == "complete" or values["ok"]:
+        rows.append((f"tokabatch report {folder}", "a page with charts"))
+    return (Section("Next", tuple(rows)),) if rows else ()
+
+
 def what_is_left(out: Path, values: Mapping[str, Any]) -> tuple[Section, ...]:
-    """The command that completes a run that is not complete, and what it does."""
+    """The command that completes a run that is not complete, and what it does; none for one that is."""
     if (others := values.get("of_another_judge")) is not None:
         others += values.get("unjudged") or 0
         # Files of error rows alone hold none to judge, but must name the judge.

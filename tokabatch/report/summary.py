@@ -246,7 +246,9 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
     if verbose:
         sections.append(Section("Engine", tuple(_engine(summary))))
     if summary.verifies and summary.ok:
-        unclear = [("not verified", f"{counted(summary.unverified, 'sample')}, counted as wrong")] if summary.unverified else []
+        unclear = (
+            [("without a verdict", f"{counted(summary.unverified, 'sample')}, counted as wrong")] if summary.unverified else []
+        )
         # Where a right sample ends a row (verify.stop), an estimate of zero does not say that none is right.
         if not summary.stops_rows and any(each.name == "pass@1" and not each.value for each in summary.estimates):
             unclear.append(("none is right", "check the judge, the form of the references, and whether samples are cut off"))
