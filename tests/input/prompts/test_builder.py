@@ -272,6 +272,8 @@ def test_the_context_is_never_silently_short(write_rows: Write, ingest_job: Inge
     store = ingest_job(path, context=100, generation={"max_tokens": 56})
     assert codes(store) == {1: "prompt_too_long", 2: "prompt_too_long"}
     assert "45 tokens and max_tokens is 56, together 101; the model's context is 100" in store.errors[1].message
+    store = ingest_job(path, context=1000, generation={"max_tokens": 999})
+    assert "200 tokens and max_tokens is 999, together 1,199; the model's context is 1,000" in store.errors[2].message
 
 
 def test_rows_that_max_tokens_makes_too_long_are_noted_with_the_value_that_fits(write_rows: Write, ingest_job: Ingest) -> None:

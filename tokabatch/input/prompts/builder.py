@@ -309,13 +309,13 @@ class PromptBuilder:
         least = max(1, params.max_tokens or params.min_tokens)
         if room < least:
             name = "max_tokens" if params.max_tokens else "min_tokens"
-            given = f" and {name} is {least}, together {len(ids) + least}" if params.max_tokens or params.min_tokens else ""
+            given = f" and {name} is {least:,}, together {len(ids) + least:,}" if params.max_tokens or params.min_tokens else ""
             if room > 0 and params.max_tokens and params.max_tokens == self._settings.of_job.max_tokens:
                 self._without_room += 1
                 self._least_room = min(self._least_room, room)
             return RowError(
                 "prompt_too_long",
-                f"the prompt has {counted(len(ids), 'token')}{given}; the model's context is {self._limits.context_length}",
+                f"the prompt has {counted(len(ids), 'token')}{given}; the model's context is {self._limits.context_length:,}",
             )
         params = params if params.max_tokens else replace(params, max_tokens=room)
         return Prompt(row.index, np.asarray(ids, dtype=np.int32), params)
