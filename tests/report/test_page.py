@@ -78,7 +78,7 @@ def test_a_resumed_run_is_shown_over_all_its_starts():
 def test_without_the_steps_of_a_killed_start_times_and_rates_are_those_of_the_last_one(lacks: str) -> None:
     summary = {"this_start": {**SUMMARY, "earlier": 5}}
     page = render_page(replace(RUN, summary=summary, steps={**STEPS, lacks: np.full(60, 0.2)}))
-    assert "all starts" not in page and "<span>of which loading 2.00\u00a0s, last start" in page
+    assert "all starts" not in page and "<span>time, of which loading 2.00\u00a0s, last start" in page
     assert "<b>132</b><span>output tokens a second after loading, last start" in page
     assert "without those of a start that was killed</small>" in page
 
@@ -200,7 +200,31 @@ def test_what_only_the_last_start_says_is_named_so():
     assert "last start" not in page
     page = render_page(replace(RUN, summary={"this_start": {**SUMMARY, "earlier": 5}}))
     assert "<small>how much shared prefixes saved, last start</small>" in page
-    assert "<small>seconds of all steps, last start; predicted by" in page
+    assert "<small>time of all steps, last start; predicted by" in page
+
+
+def test_a_stopped_run_shows_no_least_possible_of_prompts_that_have_not_begun() -> None:
+    """It would be of the whole plan, less than nothing even."""
+    assert RUN.pending and "least possible</span>" not in render_page(RUN)
+    whole = replace(RUN, samples=19)
+    assert "<span>least possible</span><div><i style='width:16.0%;background:#d1741f'></i>180</div>" in render_page(whole)
+    for other in (replace(whole, shared=True), replace(RUN, cancelled=1)):
+        assert not other.pending and "least possible</span>" not in render_page(other)
+
+
+def test_predicted_and_actual_times_have_units_and_the_roofline_is_no_bound_that_was_beaten() -> None:
+    page = render_page(RUN)
+    assert "</i>30.0\u00a0s</div>" in page and "</i>38.0\u00a0s</div>" in page and "(the least possible)" in page
+    faster = {"this_start": {**SUMMARY, "step_seconds": 20.0}}
+    assert "(the least possible)" not in render_page(replace(RUN, summary=faster))
+
+
+def test_a_page_of_one_sample_shows_no_curve_of_one_point_and_no_share_of_nothing() -> None:
+    page = render_page(
+        replace(RUN, samples=1, ok=1, errors=0, lengths=np.array([7], np.int32), estimates=(Estimate("pass@1", 1.0, 0.0, 1.0),),
+                summary={"this_start": {**SUMMARY, "tail_seconds": 0.0}})
+    )  # fmt: skip
+    assert "<span>of 1 sample ok</span>" in page and "<figcaption>pass@k" not in page and "fewer than half" not in page
 
 
 @pytest.mark.parametrize("lengths", [[5, 5, 8, 20], [5, 5, 8, 2000], [7]])

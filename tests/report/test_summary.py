@@ -53,6 +53,9 @@ class TestRunSummary:
         assert shown["samples"] == "400 = 390 ok + 10 errors"
         assert shown["output tokens"] == "80,000 (2,000 per second after loading)"
         assert shown["saved by sharing"] == "30,000 of 40,000 possible (75.0%)"
+        # Of the whole plan.
+        part = facts(run_sections(replace(SUMMARY, ok=300), verbose=True))
+        assert part["saved by sharing"] == "30,000"
         assert shown["error prompt_too_long"] == "8 samples"
         assert shown["prompt tokens"] == "50,000, of which 60.0% were shared and not computed again"
         assert shown["preemptions"] == "2, 500 tokens recomputed; samples waited 70 steps for pages"

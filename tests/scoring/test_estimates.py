@@ -112,7 +112,7 @@ def test_what_was_not_recorded_gives_no_figure() -> None:
 
 
 def test_intervals_hold_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 300 experiments with 50 problems each, about 95 % of the intervals hold the true pass@1; the normal one as well."""
+    """Of 300 experiments with 50 problems each, about 95% of the intervals hold the true pass@1; the normal one as well."""
     monkeypatch.setattr(estimates, "RESAMPLES", 300)
     for bootstrapped in (10**6, 1):
         monkeypatch.setattr(estimates, "BOOTSTRAPPED_ROWS", bootstrapped)

@@ -119,6 +119,11 @@ class RunRecord:
     """Whether several processes wrote it side by side, each with steps of its own."""
 
     @property
+    def pending(self) -> int:
+        """Samples that a later start has to compute."""
+        return self.samples - self.ok - self.errors - self.cancelled
+
+    @property
     def whole(self) -> bool:
         """Whether the steps are those of all samples: a start that was killed leaves none, which the counts do not show where
         samples were computed again (--retry-errors, --repair)."""
@@ -139,7 +144,7 @@ def render_page(run: RunRecord) -> str:
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{escape(run.path)}</title><style>{_CSS}</style>"
-        f"<h1>{escape(run.path)}</h1><p class=sub>{escape(run.model)}, {escape(_state(run))}</p>"
+        f"<h1>{escape(run.path)}</h1><p class=sub>model {escape(run.model)}, {escape(_state(run))}</p>"
         f"<div class=tiles style='--columns:{_columns(len(tiles))}'>{''.join(tiles)}</div>{_errors(run)}"
         f"<div class=plots style='--least:{least}'>{''.join(cells)}</div>"
         f"{_samples(run)}{_facts(run)}</html>\n"
@@ -265,7 +270,7 @@ def _facts(run: RunRecord) -> str:
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     """Return label, value, and whether it is shown as a warning, for each tile."""
-    s, pending = run.summary.get("this_start", run.summary), run.samples - run.ok - run.errors - run.cancelled
+    s, pending = run.summary.get("this_start", run.summary), run.pending
     kind = "output" if run.per_token is None else "scored"
     last = ", last start" if s.get("earlier") else ""
     rows: list[tuple[str, str, bool]] = []
@@ -284,7 +289,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         rows.append(("log-probability per token, all texts together", f"{run.per_token.mean:,.3f}", False))
         rows.append(("perplexity, all texts together", f"{math.exp(min(700.0, -run.per_token.mean)):,.4g}", False))
     rows += [
-        (f"of {run.samples:,} {'samples' if run.per_token is None else 'texts'} ok", f"{run.ok:,}", False),
+        (f"of {counted(run.samples, 'sample' if run.per_token is None else 'text')} ok", f"{run.ok:,}", False),
         ("errors", f"{run.errors:,}", run.errors > 0),
     ]
     if run.cut_off:
@@ -302,21 +307,16 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         kept = s.get("kept_tokens")
         lost = pending and kept is not None and kept < s["output_tokens"]
         also = ", unfinished samples included" if lost else ""
-        rows.append((f"of which loading {seconds_text(s['load_seconds'])}{last}", seconds_text(s["seconds"]), False))
+        rows.append((f"time, of which loading {seconds_text(s['load_seconds'])}{last}", seconds_text(s["seconds"]), False))
         rows.append((f"{kind} tokens a second after loading{also}{last}", f"{s['output_tokens_per_second']:,.0f}", False))
     if len(run.lengths):
         rows.append((f"{kind} tokens", f"{int(run.lengths.sum(dtype=np.int64)):,}", False))
     if s.get("cached_tokens"):
         share = f"{s['cached_tokens'] / s['prompt_tokens']:.1%}"
         rows.append(("of the prompt tokens shared and not computed again" + last, share, False))
-    if s.get("step_seconds"):
-        rows.append(
-            (
-                "of the time with fewer than half of the samples running" + last,
-                f"{s['tail_seconds'] / s['step_seconds']:.0%}",
-                False,
-            )
-        )
+    if s.get("tail_seconds"):
+        share = f"{s['tail_seconds'] / s['step_seconds']:.0%}"
+        rows.append(("of the time with fewer than half of the samples running" + last, share, False))
     if s.get("preemptions"):
         rows.append(("preemptions" + last, f"{s['preemptions']:,}", False))
     return rows
@@ -330,8 +330,8 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         curve = [each for each in run.estimates or () if each.name.startswith(kind)]
         value, low, high = ([getattr(each, part) for each in curve] for part in ("value", "low", "high"))
         bands += [plots.Band(f"{kind}k", [int(e.name.removeprefix(kind)) for e in curve], value, low, high)] if curve else []
-    if bands:
-        title, note = " and ".join(band.label for band in bands), "means over problems with 95 % bands"
+    if any(len(band.x) > 1 for band in bands):
+        title, note = " and ".join(band.label for band in bands), "means over the rows, with 95% intervals"
         figures.append((title, note, plots.with_bands(bands, "k")))
     if run.per_token is not None and len(of_texts := run.per_token.of_texts):
         note = f"lowest {of_texts.min():,.2f}, median {np.median(of_texts):,.2f}, highest {of_texts.max():,.2f}"
@@ -345,29 +345,27 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     s = run.summary.get("this_start", run.summary)
     last = ", last start" if s.get("earlier") else ""
     if s.get("prompt_tokens"):
-        labels, values = (
-            ("without sharing", "computed", "least possible"),
-            (
-                s["prompt_tokens"],
-                s["prefilled_tokens"],
-                s["prompt_tokens"] - s["cacheable_tokens"],
-            ),
-        )
-        figures.append(("Prompt tokens", "how much shared prefixes saved" + last, _bars(labels, values)))
+        counts = {"without sharing": s["prompt_tokens"], "computed": s["prefilled_tokens"]}
+        # What could be shared is known of the whole plan; a part of it may have begun, or another process.
+        if not run.pending and not run.cancelled and not run.shared:
+            counts["least possible"] = s["prompt_tokens"] - s["cacheable_tokens"]
+        bars = {label: (number, f"{number:,}") for label, number in counts.items()}
+        figures.append(("Prompt tokens", "how much shared prefixes saved" + last, _bars(bars)))
     if s.get("predicted_seconds") is not None:
-        drawing = _bars(("predicted", "actual"), (s["predicted_seconds"], s["step_seconds"]))
-        roofline = " (the least possible)" if "roofline" in s["predicted_by"] else ""
-        note = f"seconds of all steps{last}; predicted by {s['predicted_by']}{roofline}"
-        figures.append(("Predicted and actual", note, drawing))
+        times = {"predicted": s["predicted_seconds"], "actual": s["step_seconds"]}
+        roofline = " (the least possible)" if "roofline" in s["predicted_by"] and times["predicted"] < times["actual"] else ""
+        note = f"time of all steps{last}; predicted by {s['predicted_by']}{roofline}"
+        figures.append(
+            ("Predicted and actual", note, _bars({each: (time, seconds_text(time)) for each, time in times.items()}))
+        )
     return figures
 
 
-def _bars(labels: Sequence[str], values: Sequence[float]) -> str:
-    """Draw horizontal bars with their values beside them."""
-    longest = max(*values, 1e-12)
+def _bars(bars: Mapping[str, tuple[float, str]]) -> str:
+    """Draw horizontal bars, each with the text of its value beside it."""
+    longest = max(1e-12, *(value for value, _ in bars.values()))
     rows = (
-        f"<span>{label}</span><div><i style='width:{80 * value / longest:.1f}%;background:{color}'></i>"
-        f"{f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'}</div>"
-        for label, value, color in zip(labels, values, _COLORS, strict=False)
+        f"<span>{label}</span><div><i style='width:{80 * value / longest:.1f}%;background:{color}'></i>{_text(text)}</div>"
+        for (label, (value, text)), color in zip(bars.items(), _COLORS, strict=False)
     )
     return f"<div class=bars>{''.join(rows)}</div>"

@@ -107,7 +107,7 @@ def with_bands(bands: Sequence[Band], unit: str) -> str:
     figure, axes = _open()
     for band, color in zip(bands, (INK, SECOND), strict=False):
         axes.fill_between(band.x, band.low, band.high, color=color, alpha=0.2, linewidth=0)
-        axes.plot(band.x, band.value, color=color, marker="o", markersize=3, linewidth=1.4, label=band.label)
+        axes.plot(band.x, band.value, color=color, marker="o", markersize=3, linewidth=1.4, label=band.label, clip_on=False)
     axes.set_xscale("log", base=2)
     ticks = sorted({k for band in bands for k in band.x})
     axes.set_xticks(ticks, [str(k) for k in ticks])

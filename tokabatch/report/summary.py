@@ -264,7 +264,7 @@ def verdict_sections(
     """What the verdicts say, of `done` samples of so many, `unjudged` of which are still to be judged; `estimator` says how."""
     rows = [(each.name, f"{each.value:.4f} {each.interval('.4f')}") for each in distinct(estimates)]
     if estimates:
-        rows.append(("in brackets", "95 % intervals over the rows"))
+        rows.append(("in brackets", "95% intervals over the rows"))
         rows += [("right", right)] if (right := right_from(estimates)) else []
         rows += [("estimated", estimator)] if estimator else []
     if samples is not None and done < samples:
@@ -275,10 +275,12 @@ def verdict_sections(
 
 
 def _engine(summary: RunSummary) -> list[tuple[str, str]]:
-    saved = share_text(summary.cached_tokens, summary.cacheable_tokens)
+    share = share_text(summary.cached_tokens, summary.cacheable_tokens)
+    # What is possible is known of the whole plan, of which a part has begun.
+    saved = "" if summary.pending else f" of {count_text(summary.cacheable_tokens)} possible{share}"
     rows = [
         ("prefilled tokens", count_text(summary.prefilled_tokens)),
-        ("saved by sharing", f"{count_text(summary.cached_tokens)} of {count_text(summary.cacheable_tokens)} possible{saved}"),
+        ("saved by sharing", f"{count_text(summary.cached_tokens)}{saved}"),
         *((("layout", summary.layout),) if summary.layout else ()),
         ("steps", _steps(summary)),
         ("preemptions", _preemptions(summary)),

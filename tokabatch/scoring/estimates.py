@@ -1,4 +1,4 @@
-"""What the verdicts of a run's samples say of the model, each figure with its 95 % interval.
+"""What the verdicts of a run's samples say of the model, each figure with its 95% interval.
 
 Every figure is the mean over rows of what one row estimates without bias, whatever its number of samples: the mean score;
 pass@k (`pass_at_k`); maj@k, whether the answer that most of k samples give is right, ties shared out; best-of-k, the score of
