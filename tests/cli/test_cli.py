@@ -15,9 +15,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from typer.main import get_command
 
 from tokabatch.cli import commands
 from tokabatch.errors import EngineError
@@ -73,6 +75,14 @@ class TestWithoutAModel:
             tokabatch(each, "--help").stdout for each in re.findall(r"^  ([a-z]+) ", pages[0].partition("Commands:")[2], re.M)
         ]
         assert len(pages) == 16 and not [line for page in pages for line in page.splitlines() if len(line) > 80]
+
+    def test_each_option_says_what_it_is_before_its_default_or_when_it_applies(self) -> None:
+        group: Any = get_command(commands.app)
+        for name, command in group.commands.items():
+            assert command.hidden or re.search(r"^ *Examples?\n", command.help, re.MULTILINE), name
+            for each in command.params:
+                words = (each.help or "").split()
+                assert words and words[0] not in ("Default:", "With"), f"{name} {each.opts[0]}: {each.help}"
 
     def test_a_key_is_explained_by_its_last_word_alone(self) -> None:
         done = tokabatch("keys", "top_p")

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tokabatch.job import Setting
 from tokabatch.number_text import counted, first_counted, seconds_text
-from tokabatch.report.folder_state import next_section, status_sections
+from tokabatch.report.folder_state import check_sections, next_section, status_sections
 from tokabatch.report.plan_report import HostFacts, ModelFacts, PlanReport, ReplicaFacts, plan_sections
 from tokabatch.report.render import plain, tables
 from tokabatch.report.sections import Section
@@ -228,6 +228,11 @@ class TestRender:
         assert (shown["samples"], shown["ok"], shown["pending"]) == ("8, 75.0% done", "5", "2, still to be computed")
         assert "cancelled" not in shown
         assert facts(status_sections({"samples": 0, "pending": 0}))["samples"] == "0"
+
+    def test_figures_have_the_same_names_in_status_and_check(self) -> None:
+        shared = {"rows": 4, "samples": 8, "ok": 5, "errors": 1, "pending": 2, "bytes": 13}
+        status, checked = facts(status_sections({"shards": 3, **shared})), facts(check_sections({"files": 3, **shared}, ()))
+        assert {**status, "samples": "8"} == checked and checked["pending"] == "2, still to be computed"
 
     def test_status_explains_what_is_missing(self) -> None:
         none = {"correct": 0, "unjudged": 0, "without_verdict": 0, "of_another_judge": 0, "pending": 0}

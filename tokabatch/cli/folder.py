@@ -30,8 +30,9 @@ def status(out: OutArgument) -> None:
     finished ones every output.flush_seconds.
 
     \b
-    Example
+    Examples
       tokabatch status out/quickstart
+      watch -n 10 tokabatch status out/quickstart   every 10 seconds
     """
     found = read_state(out)
     first = ("state", "started", "model", "input")
@@ -78,7 +79,7 @@ def report(
     out: OutArgument,
     to: Annotated[
         Path | None,
-        typer.Option("--to", metavar="FILE.html", help="Default: OUT/report.html.", show_default=False),
+        typer.Option("--to", metavar="FILE.html", help="File to write; default: OUT/report.html.", show_default=False),
     ] = None,
 ) -> None:
     """Write one HTML page about a run.
@@ -87,8 +88,9 @@ def report(
     other file.
 
     \b
-    Example
+    Examples
       tokabatch report out/quickstart
+      tokabatch report out/quickstart --to page.html
     """
     if to is not None and to.suffix.lower() not in (".html", ".htm"):
         named = to.with_suffix(".html") if to.name.strip(".") else to / "report.html"
@@ -146,8 +148,8 @@ def score(
 
     The judge is the job's verifier, for the samples that have no verdict, or another one, for all. Each file is replaced as
     a whole and records the verifier that judged it: after a stop, the same command judges the samples that are left; after a
-    kill, the files. The folder's job then verifies as given here. With --to nothing in the folder changes, and a run may be
-    writing there.
+    kill, those of the files that are left. The folder's job then verifies as given here. With --to nothing in the folder
+    changes, and a run may be writing there.
 
     \b
     Examples
@@ -174,7 +176,10 @@ def score(
     for reason, number in scored.reasons.most_common(3):
         print_note(f"no verdict for {counted(number, 'sample')}, counted as wrong: {reason}")
     if to is None:
-        print_note(import_module("tokabatch.report.summary").verdict_sections(scored.estimates, scored.done, scored.samples))
+        verdicts = import_module("tokabatch.report.summary").verdict_sections
+        folder = import_module("tokabatch.output.folder").OutputFolder(out)
+        how = import_module("tokabatch.report.run_estimates").read_estimator(folder)
+        print_note(verdicts(scored.estimates, scored.done, scored.samples, how))
     if scored.silent:
         advice = import_module("tokabatch.report.summary").no_verdict_text
         print_note(advice(scored.stops_rows, "give the same command again"))
@@ -192,28 +197,40 @@ def export(
             show_default=False,
         ),
     ],
-    nested: Annotated[bool, typer.Option("--nested", help="One record per row, its samples as a list.")] = False,
+    nested: Annotated[
+        bool, typer.Option("--nested", help="One record for each row of the input, with its samples as a list.")
+    ] = False,
     columns: Annotated[
         str | None,
-        typer.Option("--columns", metavar="NAME,NAME", help="Only these columns, in this order.", show_default=False),
+        typer.Option(
+            "--columns", metavar="NAME,NAME", help="Only these columns, in this order; separated by commas.", show_default=False
+        ),
     ] = None,
     where: Annotated[
         str | None,
-        typer.Option("--where", metavar="correct|wrong|ok|error|cancelled", help="Only these samples.", show_default=False),
+        typer.Option(
+            "--where",
+            metavar="correct|wrong|ok|error|cancelled",
+            help="Only samples that are judged right (correct) or wrong, completed (ok), of error rows, or cancelled.",
+            show_default=False,
+        ),
     ] = None,
     form: Annotated[
         str | None,
         typer.Option(
             "--format",
             metavar="jsonl|csv|parquet|openai",
-            help="Default: by the file's ending, jsonl for -. openai: the results and errors files of a batch file.",
+            help="Form of the file; default: by its ending, jsonl for -. openai: the files of results and errors of a batch.",
             show_default=False,
         ),
     ] = None,
     errors: Annotated[
         Path | None,
         typer.Option(
-            "--errors", metavar="FILE", help="With --format openai; default: RESULTS.errors.jsonl.", show_default=False
+            "--errors",
+            metavar="FILE",
+            help="File of the errors, with --format openai; default: RESULTS.errors.jsonl.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:

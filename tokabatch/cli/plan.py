@@ -97,7 +97,7 @@ def keys(
             metavar="SECTION", help="A section or a key; default: all.", show_default=False, autocompletion=_complete_section
         ),
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the keys as tables in Markdown.")] = False,
 ) -> None:
     """Explain the keys of a job file and of a server.
 
@@ -108,6 +108,7 @@ def keys(
       tokabatch keys generation
       tokabatch keys prompt.few_shot.k
       tokabatch keys top_p
+      tokabatch keys --markdown > keys.md
     """
     sections = all_sections()
     if section is not None:

@@ -180,7 +180,9 @@ def slurm(
     command: Annotated[
         str, typer.Option("--command", help="Command that starts tokabatch, such as 'apptainer exec --nv IMAGE.sif tokabatch'.")
     ] = "tokabatch",
-    to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Default: JOB.sbatch.", show_default=False)] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FILE", help="File to write; default: JOB.sbatch.", show_default=False)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the script if it is there and differs.")] = False,
     submit: Annotated[bool, typer.Option("--submit", help="Submit it, too.")] = False,
 ) -> None:

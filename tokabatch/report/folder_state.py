@@ -10,6 +10,8 @@ from typing import Any
 from tokabatch.number_text import count_text, counted, seconds_text
 from tokabatch.report.sections import Section
 
+_LABELS = {"correct": "right", "shards": "files"}
+"""Figures that other commands and the page call by another word than their name."""
 _EXPLAINED = {
     "cancelled": ("cancelled", ""),
     "pending": ("pending", ", still to be computed"),
@@ -30,7 +32,7 @@ def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] 
         if name == "samples" and value and values.get("pending") is not None:
             # Rounded down: 100 % says that none is pending.
             text += f", {(value - values['pending']) * 1000 // value / 10}% done"
-        label, meaning = _EXPLAINED.get(name, ("right" if name == "correct" else name, ""))
+        label, meaning = _EXPLAINED.get(name, (_LABELS.get(name, name), ""))
         rows.append((label.replace("_", " "), f"{text}{meaning}"))
     return (Section("Status", (*rows, *_pace(pace or {}))),)
 
@@ -93,7 +95,11 @@ def _pace(pace: Mapping[str, float | None]) -> list[tuple[str, str]]:
 
 def check_sections(facts: Mapping[str, int | str], faults: Sequence[tuple[str, str]]) -> tuple[Section, ...]:
     """What reading a folder back found; `faults` are files and what is wrong with them."""
-    rows = tuple((name, count_text(value) if isinstance(value, int) else value) for name, value in facts.items())
+    meaning = _EXPLAINED["pending"][1] if facts.get("pending") else ""
+    rows = tuple(
+        (name, f"{count_text(value)}{meaning if name == 'pending' else ''}" if isinstance(value, int) else value)
+        for name, value in facts.items()
+    )
     sections = [Section("Checked", rows)]
     if faults:
         sections.append(Section("Damaged", tuple(("", f"{file} {problem}") for file, problem in faults)))
