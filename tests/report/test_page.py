@@ -219,6 +219,16 @@ def test_predicted_and_actual_times_have_units_and_the_roofline_is_no_bound_that
     assert "(the least possible)" not in render_page(replace(RUN, summary=faster))
 
 
+def test_headings_of_samples_say_of_how_many_they_are() -> None:
+    sample = Excerpt(0, 0, "a text", "stop", 3, True, {})
+    run = replace(RUN, samples_shown={"right": (sample,), "wrong": (sample, sample), "longest": (sample,)}, right=7)
+    page = render_page(run)
+    for title, shown in (("Right", "1 of 7"), ("Wrong", "2 of 11"), ("Longest", "1 of 18")):
+        assert f"<h2>{title} samples <small>{shown}</small></h2>" in page
+    for unknown in (replace(run, unjudged=3), replace(run, right=None)):
+        assert "<h2>Right samples</h2>" in render_page(unknown)
+
+
 def test_a_page_of_one_sample_shows_no_curve_of_one_point_and_no_share_of_nothing() -> None:
     page = render_page(
         replace(RUN, samples=1, ok=1, errors=0, lengths=np.array([7], np.int32), estimates=(Estimate("pass@1", 1.0, 0.0, 1.0),),

@@ -62,7 +62,8 @@ details{border:1px solid var(--line);border-radius:.5rem;padding:.4rem .8rem;mar
 details th{width:8rem}details td{white-space:pre-line}
 @media(max-width:42rem){.keyed :is(tr,th,td){display:block;width:auto}.keyed th{border:0;padding-bottom:0}
 .keyed td{padding-top:0}}
-summary{cursor:pointer;overflow-wrap:anywhere}summary small{color:var(--soft)}
+summary{cursor:pointer;overflow-wrap:anywhere}summary small,h2 small{color:var(--soft)}
+h2 small{font-size:.82rem;font-weight:400}
 summary div{color:var(--soft);font-size:.82rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 details[open]>summary div{display:none}
 details details{padding:.2rem .6rem;margin:.5rem 0}
@@ -107,6 +108,8 @@ class RunRecord:
     """The prompts of the samples shown, by row number, if they could be rebuilt."""
     without_verdict: int = 0
     """Samples that the judge could not judge."""
+    right: int | None = None
+    """Samples that are right; None if nothing is verified."""
     unjudged: int = 0
     """Samples that are still to be judged."""
     cut_off: int = 0
@@ -216,11 +219,20 @@ def _samples(run: RunRecord) -> str:
     if len(run.lengths) and run.lengths.min() == run.lengths.max():
         titles.pop("longest", None)
     parts = [
-        f"<h2>{title}</h2>{''.join(_sample(each, run) for each in run.samples_shown[kind])}"
+        f"<h2>{title}{_of_all(run, kind)}</h2>{''.join(_sample(each, run) for each in run.samples_shown[kind])}"
         for kind, title in titles.items()
         if run.samples_shown.get(kind)
     ]
     return "".join(parts)
+
+
+def _of_all(run: RunRecord, kind: Kind) -> str:
+    """Return how many samples of a kind are shown, and of how many, where that is known."""
+    if run.per_token is not None or (kind in ("right", "wrong") and (run.right is None or run.unjudged)):
+        return ""
+    right = run.right or 0
+    number = {"right": right, "wrong": run.ok - right}.get(kind, run.ok)
+    return f" <small>{len(run.samples_shown[kind]):,} of {number:,}</small>"
 
 
 def _sample(sample: Excerpt, run: RunRecord) -> str:

@@ -79,6 +79,7 @@ def read_record(out: Path) -> RunRecord:
         error_rows=error_rows(out, PER_CODE) if status.errors else None,
         samples_shown=shown,
         prompts=prompts,
+        right=status.correct,
         without_verdict=status.without_verdict or 0,
         unjudged=(status.unjudged or 0) + (status.of_another_judge or 0),
         cut_off=finish_reasons(folder)["length"] if status.ok else 0,
