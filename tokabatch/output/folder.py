@@ -26,6 +26,7 @@ from tokabatch.storage.listing import ListedFile, list_files
 
 _JOURNAL_NAME = re.compile(r"commits-.+\.jsonl")
 _STEPS_NAME = re.compile(r"steps-\d{5,}\.parquet")
+_BESIDE = (".log", ".out", ".err", ".sbatch", ".yaml", ".yml")
 PLAN, JUDGED, LEASE = "plan-", "judged-", ".lease"
 """The prefixes of the file that says how the plan is cut into units and of shards that got their verdicts late, and the suffix
 of lease files."""
@@ -68,6 +69,16 @@ class OutputFolder:
             file.path.name
             for file in list_files(self.files, self.data)
             if file.path.name[:1] != "." and not (file.is_file and is_shard_name(file.path.name))
+        ]
+
+    def others(self) -> list[str]:
+        """List names beside data/ that are no run's, except hidden ones and the files that users keep there: logs, job files,
+        batch scripts and the page."""
+        own = {path.name for path in vars(self).values() if isinstance(path, Path)} | {"report.html"}
+        return [
+            name
+            for name in (file.path.name for file in list_files(self.files, self.path))
+            if not (name in own or name.startswith(".") or name.endswith(_BESIDE) or _STEPS_NAME.fullmatch(name))
         ]
 
     def steps(self) -> tuple[ListedFile, ...]:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tokabatch.errors import OutputError
+from tokabatch.number_text import counted
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.lock import busy, is_claimed
 from tokabatch.storage.atomic_files import NewFile, publish
@@ -77,6 +78,19 @@ def refuse_foreign(folder: OutputFolder) -> None:
             f"output.path {str(folder.path)!r} holds {len(foreign)} file(s) that no run wrote (data/{foreign[0]}). "
             "Choose another output.path, or move them away."
         )
+
+
+def describe_others(folder: OutputFolder) -> tuple[str, ...]:
+    """Return a note if the folder of a new run holds files that are no run's."""
+    others = folder.others()
+    if not others:
+        return ()
+    shown = ", ".join(others[:3]) + ", …" * (len(others) > 3)
+    number = counted(len(others), "other file or folder", "other files and folders")
+    return (
+        f"output.path {str(folder.path)!r} already holds {number} ({shown}), and those of the run are written between them; to "
+        f"keep them apart, name a folder that is empty or new, such as {folder.path / 'run'}",
+    )
 
 
 def probe(folder: OutputFolder) -> None:

@@ -27,6 +27,8 @@ _TOTALS = (
     *("verifies", "stops_rows", "estimates", "estimator", "unverified", "steps_of_all_starts"),
 )
 """The fields of a summary that are not of one start alone."""
+_LONG, _NOTES = 60.0, 3
+"""The seconds of a run after which notes of its start may have left the screen, and how many of them are shown again."""
 _PARTIAL = "short samples finish first, so the final value will differ"
 
 
@@ -121,6 +123,8 @@ class RunSummary:
     predicted_seconds: float | None = None
     """What a cost model says of the steps taken; None where it knows nothing of the device."""
     predicted_by: str = ""
+    notes: tuple[str, ...] = ()
+    """What was noted of the job and its input when this run started."""
 
     @property
     def pending(self) -> int:
@@ -243,6 +247,10 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
             for number, share in enumerate(summary.replicas)
         )
         sections.append(Section("Replicas", table, columns))
+    if summary.notes and summary.seconds >= _LONG:
+        more = summary.notes[_NOTES:]
+        told = (*summary.notes[:_NOTES], *((f"and {counted(len(more), 'more note')} above",) if more else ()))
+        sections.append(Section("Noted at the start", tuple(("", note) for note in told)))
     if verbose:
         sections.append(Section("Engine", tuple(_engine(summary))))
     if summary.verifies and summary.ok:

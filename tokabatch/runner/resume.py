@@ -43,6 +43,7 @@ from tokabatch.output.manifest import (
     versions_here,
     write_manifest,
 )
+from tokabatch.output.probe import describe_others
 from tokabatch.output.remedy import begin_record, refuse_faults, refuse_other_verdicts, refuse_unrecorded
 from tokabatch.output.same_job import EarlierRun, find_run
 from tokabatch.output.schema import UnsampledRow, verdict_fields
@@ -116,6 +117,8 @@ def start(
         compare, begun = (earlier.compare, bool(folder.shards())) if earlier else (None, False)
         workload = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock, begun=begun)
         found = None if earlier is None else consistently(lambda: inspect(folder, earlier.manifest), folder.path)
+        if earlier is None and not reuse.overwrite:
+            workload = workload.with_notes(describe_others(folder))
     try:
         if earlier is not None and found is not None:
             manifest = describe_run(job, workload, clock, earlier.manifest, found.run)
@@ -239,6 +242,7 @@ def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gp
     begun = earlier is not None and bool(folder.shards())
     workload = prepare(job, scratch, on_rows, weights=False, compare=compare, clock=clock, absent_gpu=absent_gpu, begun=begun)
     if earlier is None:
+        workload = workload.with_notes(describe_others(folder))
         return Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)
     found = consistently(lambda: inspect(folder, earlier.manifest), folder.path)
     refuse_faults(folder, earlier.manifest, found)

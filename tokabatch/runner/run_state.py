@@ -168,4 +168,5 @@ def summarise(
         stops_rows=state.job.verify is not None and state.job.verify.stop is not None,
         unverified=tally.unverified,
         unverified_reasons=tally.unverified_reasons,
+        notes=workload.notes,
     )

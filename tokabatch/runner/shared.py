@@ -32,6 +32,7 @@ from tokabatch.output.joining import join_small
 from tokabatch.output.journal import Shard
 from tokabatch.output.leases import Holder, Leases
 from tokabatch.output.manifest import Books, Manifest, mark_success, read_manifest, restore_job, write_manifest
+from tokabatch.output.probe import describe_others
 from tokabatch.output.remedy import begin_record
 from tokabatch.output.same_job import find_run
 from tokabatch.output.shards import claimed_shards, in_order
@@ -193,6 +194,7 @@ def _start(
     # Those of a complete run, from which none is taken.
     units = Units(start_of, np.zeros(int(start_of[-1]), np.int32), 1)
     if earlier is None:
+        workload = workload.with_notes(describe_others(folder))
         units = _cut(workload, shared.units)
         manifest = describe_run(job, workload, clock)
         manifest = replace(manifest, units=units.count, units_sha256=write_units(claim, units))

@@ -22,6 +22,7 @@ from tokabatch.input.fingerprint import Fingerprint, describe
 from tokabatch.input.generation_defaults import describe_ignored
 from tokabatch.input.prompt_order import Sharing, longest_first, measure_sharing, order_prompts
 from tokabatch.input.prompts.builder import Limits
+from tokabatch.input.prompts.notes import describe_answer
 from tokabatch.input.rows import NO_PLACES, RowPlaces
 from tokabatch.input.store.json_types import json_texts, place_name
 from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
@@ -102,6 +103,9 @@ class Workload(Demand):
     def samples_total(self) -> int:
         """The number of all samples that the output has to account for."""
         return int(self.samples_of_row.sum())
+
+    def with_notes(self, notes: tuple[str, ...]) -> Workload:
+        return replace(self, notes=(*notes, *self.notes))
 
     def without(self, drawn: Drawn) -> Workload:
         """Return what is left to do of the same job."""
@@ -236,6 +240,7 @@ def prepare(
                 if pool is None or taken_over
                 else _reference_notes(store, pool, job.verify and job.verify.answer, begun=begun)
             ),
+            *describe_answer(job),
             *describe_stops(_stops(store, generation), tokenizer, tokenizer.special_texts),
             *_describe_greedy(store, job.mode),
         ),

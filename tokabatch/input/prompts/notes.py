@@ -129,6 +129,19 @@ def _describe_examples(config: PromptConfig) -> Iterator[str]:
         )
 
 
+def describe_answer(job: Job) -> tuple[str, ...]:
+    """Return a note if prompts show the reference answer that their samples are judged by."""
+    answer = job.verify.answer if job.verify else None
+    templates = {"prompt.template": job.prompt.template, "prompt.system": job.prompt.system}
+    shows = [key for key, source in templates.items() if source and answer in compile_template(source, key).names]
+    if not shows:
+        return ()
+    return (
+        f"{shows[0]} shows the column {answer!r}, the reference answer that samples are judged by (verify.answer): a model "
+        "that repeats it is right. Unless that is the task, leave it out of the prompt, or correct verify.answer",
+    )
+
+
 def describe_shots(job: Job) -> tuple[str, ...]:
     """Return a note if few-shot examples are rows of the input, so that these see their own answers."""
     few_shot, files = job.prompt.few_shot, list_local_files(job.input)
