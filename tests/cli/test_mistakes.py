@@ -168,7 +168,12 @@ MISTAKES = [
         ("run", Q, "engine.kv_cache_tokens=64", "generation.max_tokens=10", "input.limit=20"),
         r"kv_cache_tokens is 64, but the shortest sample needs at least \d+ ",
     ),
-    (("run", Q, "input.path=openai/gsm8k"), "; a dataset of the hub is written hf://datasets/openai/gsm8k"),
+    (("run", Q, "input.path=openai/gsm8k"), "; a dataset of the hub is written hf://datasets/openai/gsm8k, its split as input"),
+    (("run", Q, "input.dataset=openai/gsm8k"), "named by input.path: hf://datasets/openai/gsm8k, its split as input.split"),
+    (
+        ("run", Q, "input.path=hf://datasets/openai/gsm8k/main"),
+        "be reached; check the URL. If main is a subset, write hf://datasets/openai/gsm8k, its split as input.split",
+    ),
     (("run", Q, "input.path=sub/rows.jsonl"), "does not exist; relative paths start from the folder you run in"),
     (("run", Q, "-o", "x"), "no option -o; the folder to write is a key of the job: output.path=FOLDER"),
     (("status", "out", "--force"), "no option --force; the options are"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -390,6 +391,30 @@ class TestRefusedFiles:
         monkeypatch.setattr(Path, "read_bytes", deny)
         assert "job.yaml: cannot be read: Permission denied" in refusal(tmp_path / "job.yaml")
 
+    @pytest.mark.parametrize(
+        ("key", "given", "told"),
+        [
+            (
+                "input",
+                ["a", "b"],
+                r'input: got a list; write the rows to a file, .*DataFrame\({"prompt": texts}\)',
+            ),
+            ("input", (text for text in "ab"), r"input: got a Python generator; write the rows to a file"),
+            (
+                "input",
+                pandas.DataFrame({"a": [1]}),
+                r"input: got a Python DataFrame; write the rows to a file, such as df",
+            ),
+            ("input", {"path": iter([{"a": 1}])}, r"input\.path: got a Python list_iterator; write the rows to a file"),
+            ("input", {"path": ["a.jsonl", "b.jsonl"]}, r"input\.path: got a list; write one path: a folder .* or a pattern"),
+            ("input", {"rows": ["a", "b"]}, r"input\.rows: unknown key; write the rows to a file"),
+            ("prompts", ["a", "b"], r"prompts: unknown key; write the rows to a file"),
+            ("columns", ["a", "b"], r"columns: unknown key; did you mean `output\.columns`"),
+        ],
+    )
+    def test_rows_that_a_program_gives_as_they_are(self, key: str, given: object, told: str) -> None:
+        assert re.search(told, refusal({**MINIMAL, key: given}))
+
     def test_mappings_are_as_strict(self) -> None:
         assert refusal({**MINIMAL, "generation": {"n": "4"}}) == (
             'job: generation.n: got the text "4"; accepts a whole number from 1 to 1,000,000 (repeat the row for more), for '
@@ -670,7 +695,7 @@ def test_control_characters_that_are_meant_are_accepted() -> None:
     "given",
     [
         *("verify=gsm8k", "verify=exact", "verify=none", "verify=code", "verify=regex", "verify=./judge.py", "verify=3"),
-        *("model=a/b", "model=[a/b]", "input=rows.jsonl", "input=[a, b]", "output=o", "generation=4", "generation=hot"),
+        *("model=a/b", "model=[a/b]", "input=rows.jsonl", "output=o", "generation=4", "generation=hot"),
         *("engine=cpu", "engine=4", "prompt=question", "errors=0", "errors=stop", "trace=t.json", "trace=5"),
         *("verify={kind: code, allow_code_execution: true, stop: 1}", "prompt.few_shot=5", "prompt.few_shot=examples.jsonl"),
     ],

@@ -118,7 +118,12 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list | tuple):
         items = [_copied(item) for item in cast("Sequence[Any]", value)]
         return items if isinstance(value, list) else tuple(items)
-    return cast("Any", value).tolist() if isinstance(value, np.generic | np.ndarray) else copy.deepcopy(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return cast("Any", value).tolist()
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # what no job can hold, such as a generator or a file, is refused by its key
+        return value
 
 
 def _draft_of_file(path: pathlib.Path) -> _Draft:

@@ -169,6 +169,11 @@ _WITHOUT_KEY = {
 }
 
 
+def hub_dataset(name: str) -> str:
+    """How OWNER/NAME of the hub is written here, and what of it is read."""
+    return f"hf://datasets/{name}, its split as input.split (such as test) and its subset, if it has several, as input.subset"
+
+
 def our_name(path: Path) -> str:
     """The name that a key of another tool has here, or its last word as it is."""
     return _find(_KEYS, path) or str(path[-1])

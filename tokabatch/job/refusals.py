@@ -20,10 +20,13 @@ from pydantic_core import ErrorDetails
 
 from tokabatch.job.document import Path
 from tokabatch.job.keys import Section, accepts_of, field_at, in_braces, list_keys, section_of
-from tokabatch.job.names_elsewhere import our_name, our_value, why_none
+from tokabatch.job.names_elsewhere import hub_dataset, our_name, our_value, why_none
 from tokabatch.job.scalars import write_value
 
 _SHOWN = 60
+_ROWS = frozenset(("rows", "data", "dataset", "df", "prompts", "texts", "inputs", "questions", "examples", "files", "paths"))
+"""Keys that programs use for rows, or for several files of them."""
+_OF_FILES = (".jsonl", ".parquet", ".json", ".csv", ".gz", ".zst")
 PYTHON_NONE = "None is a text in YAML; write null"
 
 
@@ -135,7 +138,7 @@ def _refusal(model: type[BaseModel], owner: type[BaseModel], path: Path, details
     if details["type"] == "missing":
         return Refusal(path, f"missing; accepts {accepts.what}", example=accepts.example)
     given = _lookup(values, path)
-    if given == "None" and len(keys) == len(path) and not info.is_required():
+    if isinstance(given, str) and given == "None" and len(keys) == len(path) and not info.is_required():
         return Refusal(path, PYTHON_NONE)
     if ours := our_value(path, given) or _in_a_file(path, given):
         return Refusal(path, f"got {_describe(given)}; write {ours}")
@@ -149,14 +152,27 @@ def _in_a_file(path: Path, given: Any) -> str | None:
     """What to write in place of rows or a function that a Python program gives as they are; None for other values."""
     if dotted(path) in ("verify", "verify.kind") and callable(given):
         return "the function to a file, as `verify(text, row)`, and name the file: `verify: {kind: ./judge.py}`"
-    rows = cast("list[Any]", given) if isinstance(given, list) else []
-    if dotted(path) in ("input", "input.path") and (hasattr(given, "columns") or any(isinstance(row, Mapping) for row in rows)):
-        frame = "pandas.DataFrame(rows)" if rows else "df"
-        return (
-            f'the rows to a file, such as {frame}.to_json("rows.jsonl", orient="records", lines=True), and name the file: '
-            "`input: {path: rows.jsonl}`"
-        )
-    return None
+    return _rows_in_a_file(given) if dotted(path) in ("input", "input.path") else None
+
+
+def _rows_in_a_file(given: Any) -> str | None:
+    """What to write in place of rows that a Python program gives as they are; None for values that hold none."""
+    rows = cast("list[Any]", given) if isinstance(given, list | tuple) else []
+    texts = [row for row in rows if isinstance(row, str)]
+    if len(texts) > 1 and all(text.endswith(_OF_FILES) or "*" in text for text in texts):
+        return "one path: a folder that holds the files, or a pattern such as data/*.jsonl"
+    if hasattr(given, "columns"):
+        frame = "df"
+    elif len(texts) > 1 and len(texts) == len(rows):
+        frame = 'pandas.DataFrame({"prompt": texts})'
+    elif any(isinstance(row, Mapping) for row in rows) or hasattr(given, "__next__"):
+        frame = "pandas.DataFrame(rows)"
+    else:
+        return None
+    return (
+        f'the rows to a file, such as {frame}.to_json("rows.jsonl", orient="records", lines=True), and name the file: '
+        "`input: {path: rows.jsonl}`"
+    )
 
 
 _NOT_TEXT = frozenset({"true", "false", "yes", "no", "on", "off", "null", ".inf", ".nan"})
@@ -191,6 +207,11 @@ def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path, giv
     """`given` is the section that has the key."""
     word = our_name(path)
     prefix = dotted(path[:-1])
+    value = _lookup(given, path[-1:])
+    if path[-1] in _ROWS and prefix in ("", "input") and (rows := _rows_in_a_file(value)):
+        return Refusal(path, f"unknown key; write {rows}")
+    if word == "input.path" and isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w-]+", value):
+        return Refusal(path, f"unknown key; a dataset of the hub is named by input.path: {hub_dataset(value)}")
     if word.isdecimal():
         return Refusal(path, "unknown key; a comma ends a value between { and }: write a number without one, as 1000 or 0.7")
     if word != word.strip():

@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from tokabatch.errors import InputError
+from tokabatch.job.names_elsewhere import hub_dataset
 
 COMPRESSIONS = (".gz", ".zst")
 GLOB_CHARACTERS = "*?["
@@ -188,9 +189,16 @@ def _list(fs: AbstractFileSystem, path: str, place: str, root: str, formats: Col
     near = f"; did you mean {Path(path).with_name(meant[0])}?" if meant else ""
     there = next((each for each in Path(path).parents if each.exists()), None)
     start = "; check the path" + (f": only {there} of it exists" if there and there.name else "")
-    start = start if Path(path).is_absolute() else f"; relative paths start from the folder you run in, {Path.cwd()}"
+    if "://" in path:
+        parts = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)/([\w-]+)/?", path)
+        is_subset = (
+            f". If {parts[2]} is a subset, write {hub_dataset(parts[1])}" if parts and place.startswith("input.") else ""
+        )
+        start = f" or cannot be reached; check the URL{is_subset}"
+    elif not Path(path).is_absolute():
+        start = f"; relative paths start from the folder you run in, {Path.cwd()}"
     if not near and re.fullmatch(r"[\w.-]+/[\w-]+", path) and not Path(path).parent.is_dir():
-        near = f"{start}; a dataset of the hub is written hf://datasets/{path}"
+        near = f"{start}; a dataset of the hub is written {hub_dataset(path)}"
     raise InputError(f"{place} does not exist{near or start}")
 
 
