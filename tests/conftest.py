@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _processor_measured_once() -> Generator[None]:
-    """The end of a run measures the processor for 0.4 s, half of what a small run takes."""
+    """The end of a run measures the processor for 0.1 s, much of what a small run takes."""
     measured = cache(lambda: measure_processor(0.0))
 
     def remembered(memory: float) -> Device:

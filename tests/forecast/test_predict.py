@@ -10,11 +10,15 @@ import pytest
 
 from tokabatch.errors import JobError, OutputError, UsageError
 from tokabatch.forecast.cost_model import profile_of
+from tokabatch.forecast.devices import PROCESSOR, Device
 from tokabatch.forecast.predict import profile_run
+from tokabatch.forecast.roofline import DeviceRates
 from tokabatch.forecast.scenario import Scenario
 from tokabatch.job import Job
 from tokabatch.report.outlook import outlook_sections
+from tokabatch.report.render import plain
 from tokabatch.report.review import write_report
+from tokabatch.report.summary import run_sections
 from tokabatch.runner.plan import plan_and_simulate
 from tokabatch.runner.run import run
 
@@ -87,7 +91,22 @@ def test_a_scenario_that_cannot_be_is_refused(job, scenario, message):
         plan_and_simulate(job, scenario)
 
 
-def test_a_run_leaves_what_its_page_profile_and_next_plan_need(job, tmp_path):
+def _processor_of(rate: float, patch: pytest.MonkeyPatch) -> None:
+    """Measure the processor as one of so many operations and bytes a second."""
+    measured = Device(DeviceRates(PROCESSOR, rate, rate), 0.0, measured=True)
+    patch.setattr("tokabatch.forecast.cost_model.measure_processor", lambda memory: replace(measured, memory=memory))
+
+
+def test_a_run_that_was_faster_than_its_roofline_says_none(job, tmp_path, monkeypatch):
+    """The processor was measured while it was busy, or its caches hold the model."""
+    _processor_of(1e3, monkeypatch)
+    summary = run(job)
+    assert summary.predicted_seconds is None and "roofline" not in plain(run_sections(summary, verbose=True))
+    assert "Predicted and actual" not in write_report(tmp_path / "out").read_text()
+
+
+def test_a_run_leaves_what_its_page_profile_and_next_plan_need(job, tmp_path, monkeypatch):
+    _processor_of(1e15, monkeypatch)
     summary = run(job)
     assert summary.predicted_seconds is not None and summary.predicted_seconds > 0
     assert 0 < summary.step_seconds <= summary.seconds

@@ -89,11 +89,15 @@ def _roofline(workload: OpenModel, device: Device | None) -> tuple[Roofline, str
     return roofline, "the roofline" if device.measured else "the roofline (published rates, scaled)"
 
 
-def price_steps(workload: OpenModel, steps: Steps, profile: SavedProfile | None) -> tuple[float, str]:
+def price_steps(workload: OpenModel, steps: Steps, profile: SavedProfile | None) -> tuple[float, str] | None:
     """Return the seconds of steps that were taken, by the measured profile if there is one, else the least that the roofline of
-    this machine's device allows; and the model in words. Raises UsageError for a device whose rates are not known."""
+    this machine's device allows; and the model in words. None if the steps took less than that least: a processor can be
+    measured while it is busy, and its caches can hold a small model. Raises UsageError for a device whose rates are not known.
+    """
     cost, described = _roofline(workload, None) if profile is None else cost_model(workload, None, profile)
-    return float(np.sum(cost.seconds(steps.work))), f"{described} of {device_of(cost).name}"
+    seconds = float(np.sum(cost.seconds(steps.work)))
+    refuted = profile is None and seconds > steps.seconds
+    return None if refuted else (seconds, f"{described} of {device_of(cost).name}")
 
 
 def device_of(cost: CostModel) -> DeviceRates:

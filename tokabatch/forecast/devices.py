@@ -13,7 +13,9 @@ from tokabatch.errors import UsageError
 from tokabatch.forecast.roofline import H200, DeviceRates
 
 PROCESSOR = "this processor"
-_PROBE_SECONDS = 0.15
+_PROBE_SECONDS = 0.05
+_PRODUCT = 512
+"""Rows and columns of the matrices that are multiplied."""
 _FLOPS_SHARE, _BYTES_SHARE = 790 / 989, 4.3 / 4.8
 """What an H200 was measured to reach of its published dense bf16 and memory rates; taken for devices not measured."""
 
@@ -63,13 +65,14 @@ def known_device(key: str) -> Device:
 
 
 def measure_processor(memory: float) -> Device:
-    """Measure this machine's processor in float32, for about a third of a second: the fastest of several trials."""
-    a = np.ones((768, 768), np.float32)
+    """Measure this machine's processor in float32, for about a tenth of a second: the fastest of several trials. A trial takes
+    about a millisecond, so that some are undisturbed on a busy machine, too."""
+    a = np.ones((_PRODUCT, _PRODUCT), np.float32)
     b = np.ones(16 << 20, np.float32)
     out = np.empty_like(b)
     product = _best_time(lambda: a @ a)
     copy = _best_time(lambda: np.copyto(out, b))
-    return Device(DeviceRates(PROCESSOR, 2 * 768**3 / product, 2 * b.nbytes / copy), memory, measured=True)
+    return Device(DeviceRates(PROCESSOR, 2 * _PRODUCT**3 / product, 2 * b.nbytes / copy), memory, measured=True)
 
 
 def _best_time(work: Callable[[], object]) -> float:
