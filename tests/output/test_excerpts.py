@@ -81,7 +81,8 @@ def test_right_wrong_and_longest(tmp_path: Path) -> None:
     assert [each.row_index for each in found["right"]] == [0] and found["right"][0].correct is True
     assert [(each.row_index, each.sample_index) for each in found["wrong"]] == [(0, 1), (1, 0)]
     longest = excerpts(out, 2, whole=True)["longest"]
-    assert [(each.row_index, each.num_output_tokens) for each in longest] == [(3, 20), (0, 9)]
+    # Not the wrong samples of rows 0 and 1 again.
+    assert [(each.row_index, each.num_output_tokens) for each in longest] == [(3, 20), (2, 7)]
     assert CORRECT.name not in longest[0].columns
 
 
@@ -98,8 +99,8 @@ def test_scored_rows_are_right_or_wrong_by_their_likeliest_text(tmp_path: Path) 
     assert named == {
         "right": [(0, 1, -2.0)],
         "wrong": [(1, 1, -4.0)],
-        "lowest": [(1, 1, -4.0), (0, 0, -9.0)],
-        "highest": [(1, 0, -5.0), (0, 1, -2.0)],
+        "lowest": [(0, 0, -9.0)],
+        "highest": [(1, 0, -5.0)],
     }
     assert set(excerpts(out, 2)) == {"right"}  # Of the first shard alone.
     unjudged = output_schema(pa.schema([("question", pa.string())]), scored=True)

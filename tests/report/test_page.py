@@ -282,10 +282,15 @@ def test_axes_of_whole_numbers_have_no_fractions(value: int) -> None:
 
 
 def test_the_longest_of_equal_samples_are_not_shown():
-    one = Excerpt(0, 0, "text", "length", 8, None, {})
+    """Nor those that were all cut off at one length: which of them are shown would be arbitrary."""
+    one = Excerpt(0, 0, "text", "stop", 8, None, {})
     shown = replace(RUN, samples_shown={"first": [one], "longest": [one]})
-    assert "Longest samples" in render_page(shown)
-    assert "Longest samples" not in render_page(replace(shown, lengths=np.full(9, 8, np.int32)))
+    assert "Longest of the other samples" in render_page(shown)
+    assert "Longest" not in render_page(replace(shown, lengths=np.full(9, 8, np.int32)))
+    cut = [replace(one, row_index=row, finish_reason="length", num_output_tokens=18) for row in (0, 1)]
+    assert "Longest" not in render_page(replace(shown, samples_shown={"first": [one], "longest": cut}))
+    kept = [*cut, replace(one, row_index=2)]
+    assert "Longest" in render_page(replace(shown, samples_shown={"first": [one], "longest": kept}))
 
 
 def test_replicas_run_side_by_side():

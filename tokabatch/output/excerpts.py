@@ -6,12 +6,12 @@ For error rows, only the row groups that hold some are read, found by the statis
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from tokabatch.storage.parquet_file import ParquetFile
 
 Kind = Literal["first", "right", "wrong", "longest", "lowest", "highest"]
 _KEYS = ("row_index", "sample_index", "status", "num_output_tokens")
+_T = TypeVar("_T")
 _LONG_COLUMNS = frozenset(("token_ids", "logprobs"))
 
 
@@ -90,10 +91,10 @@ def error_rows(path: Path, per_code: int | None = None) -> ErrorRows:
 def excerpts(path: Path, count: int, *, whole: bool = False) -> dict[Kind, tuple[Excerpt, ...]]:
     """Return up to `count` samples of each kind, each from another row: the first right and wrong ones if the job verifies,
     else the first ones. They come from the first shard that has any; with `whole`, all shards are searched, also for the
-    longest samples.
+    longest of the others.
 
     If the job scores given texts, a row is right or wrong by its likeliest continuation, which is shown; with `whole`, the
-    texts of the lowest and the highest log-probability per token take the place of the longest."""
+    texts of the lowest and the highest log-probability per token take the place of the longest. No sample is returned twice."""
 
     def choose() -> dict[Kind, tuple[Excerpt, ...]]:
         folder = OutputFolder(path)
@@ -176,7 +177,8 @@ def _scored(shards: Sequence[ListedFile], count: int, whole: bool, id_column: st
         shard, group = places[at]
         return _read(shards[shard], group, int(offset[at]), id_column)
 
-    return {kind: tuple(map(read, chosen[:count].tolist())) for kind, chosen in kinds.items() if len(chosen)}
+    once = _once({kind: chosen.tolist() for kind, chosen in kinds.items()}, count, lambda at: at)
+    return {kind: tuple(map(read, chosen)) for kind, chosen in once.items()}
 
 
 def _shards(folder: OutputFolder) -> tuple[ListedFile, ...]:
@@ -231,15 +233,26 @@ def _excerpts(shards: Iterable[ListedFile], count: int, whole: bool, id_column: 
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=present)
                 for kind, chosen in _candidates(table, whole).items():
-                    places = [_Place(rank, shard, group, offset) for rank, offset in nsmallest(count, chosen)]
-                    best[kind] = nsmallest(count, [*best.get(kind, ()), *places], key=lambda place: place.rank)
+                    # As many as can be shown of all three kinds: a longest sample may be shown already.
+                    places = [_Place(rank, shard, group, offset) for rank, offset in nsmallest(3 * count, chosen)]
+                    best[kind] = nsmallest(3 * count, [*best.get(kind, ()), *places], key=lambda place: place.rank)
         if any(best.values()) and not whole:
             break
+    once = _once(best, count, lambda place: place.rank[1:])
     return {
         kind: tuple(_read(place.shard, place.group, place.offset, id_column) for place in places)
-        for kind, places in best.items()
-        if places
+        for kind, places in once.items()
     }
+
+
+def _once(chosen: Mapping[Kind, Iterable[_T]], count: int, key: Callable[[_T], object]) -> dict[Kind, list[_T]]:
+    """Return the first `count` of each kind, without those that an earlier kind has; no kinds without any."""
+    seen = set[object]()
+    result: dict[Kind, list[_T]] = {}
+    for kind, of_kind in chosen.items():
+        result[kind] = list(islice((each for each in of_kind if key(each) not in seen), count))
+        seen.update(map(key, result[kind]))
+    return {kind: kept for kind, kept in result.items() if kept}
 
 
 def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int, int, int], int]]]:

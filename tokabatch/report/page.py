@@ -202,13 +202,13 @@ _TITLES: dict[Kind, str] = {
     "right": "Right samples",
     "wrong": "Wrong samples",
     "first": "Samples",
-    "longest": "Longest samples",
+    "longest": "Longest of the other samples",
 }
 _TITLES_OF_SCORED: dict[Kind, str] = {
     "wrong": "Wrong choices: the likeliest continuation of its row, which is not the right one",
     "right": "Right choices",
-    "lowest": "Lowest log-probability per token, one text of each row",
-    "highest": "Highest log-probability per token, one text of each row",
+    "lowest": "Lowest log-probability per token of the other texts, one of each row",
+    "highest": "Highest log-probability per token of the other texts, one of each row",
 }
 
 
@@ -216,7 +216,10 @@ def _samples(run: RunRecord) -> str:
     titles = dict(_TITLES if run.per_token is None else _TITLES_OF_SCORED)
     if run.per_token is None and any(each.unjudged for each in run.samples_shown.get("wrong", ())):
         titles["wrong"] = "Wrong samples, and those without a verdict"
-    if len(run.lengths) and run.lengths.min() == run.lengths.max():
+    # Of samples that were cut off at one length, or are all alike, any would do.
+    ends = {(each.finish_reason, each.num_output_tokens) for each in run.samples_shown.get("longest", ())}
+    cut_off = len(ends) == 1 and next(iter(ends))[0] == "length"
+    if cut_off or (len(run.lengths) and run.lengths.min() == run.lengths.max()):
         titles.pop("longest", None)
     parts = [
         f"<h2>{title}{_of_all(run, kind)}</h2>{''.join(_sample(each, run) for each in run.samples_shown[kind])}"
