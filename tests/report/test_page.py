@@ -12,7 +12,7 @@ from tokabatch.number_text import seconds_text
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt
 from tokabatch.output.steps import elapsed
 from tokabatch.report.page import PerToken, RunRecord, _cells, _columns, render_page
-from tokabatch.report.plots import Curve, histogram, over_time
+from tokabatch.report.plots import Band, Curve, histogram, over_time, with_bands
 from tokabatch.report.step_figures import _rates, _thin
 from tokabatch.scoring.estimates import Estimate
 
@@ -243,6 +243,19 @@ def test_bars_are_as_fine_as_a_few_lengths_are(lengths: list[int]) -> None:
     span = max(lengths) - min(lengths) + 1
     # Twice, for wide and narrow columns.
     assert svg.count("opacity: 0.8") == 2 * (span if span <= 60 else -(-span // -(-span // 60)))
+
+
+@pytest.mark.parametrize(("largest", "drawn"), [(200, "64 200"), (256, "64 128 256"), (48, "32 48")])
+def test_labels_of_k_do_not_touch(largest: int, drawn: str) -> None:
+    k = [1, 2, 4, 8, 16, 32, *(each for each in (64, 128) if each < largest), largest]
+    labels = re.findall(r">(\d+)</text>", with_bands([Band("pass@k", k, *([0.1] * len(k) for _ in range(3)))], "k"))
+    assert labels == ["1", "2", "4", "8", "16", *(() if largest == 48 else ["32"]), *drawn.split()] * 2
+
+
+@pytest.mark.parametrize(("high", "ticks"), [(0.05, ["0%", "1%", "2%", "3%", "4%", "5%"]), (0.8, ["0%", "20%", "40%"])])
+def test_the_axis_of_estimates_ends_above_their_band(high: float, ticks: list[str]) -> None:
+    svg = with_bands([Band("pass@k", [1, 2], [0.02, 0.04], [0.01, 0.02], [0.03, high])], "k")
+    assert re.findall(r">([\d.]+%)</text>", svg)[: len(ticks)] == ticks
 
 
 def test_a_median_between_two_lengths_is_no_whole_number():

@@ -8,6 +8,7 @@ shows the one for the width that it has: text keeps its size and its place on a 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from tokabatch.number_text import decimal_text
 INK, SECOND = "#1f6feb", "#d1741f"
 _WIDTHS, _HEIGHT = {"wide": 5.6, "narrow": 3.7}, 2.6
 """In inches of 72 units."""
+_NARROW_AXIS, _DIGIT = 190.0, 5.6
+"""Units from the first tick to the last in a narrow drawing, and of a digit's width."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -50,7 +53,7 @@ class Curve:
 
 def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float | None = None) -> str:
     """Draw curves over seconds since the first step: each value is the mean over the time up to its place in `seconds`, from
-    the one before or the start. `top` is the upper end of the axis, such as 1 for shares."""
+    the one before or the start. `top` is the upper end of the axis of shares."""
     figure, axes = _open()
     scale, name = (1.0, "seconds") if seconds[-1] < 300 else (60.0, "minutes") if seconds[-1] < 18_000 else (3600.0, "hours")
     times = np.append(0.0, seconds) / scale
@@ -62,6 +65,8 @@ def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float |
     axes.set_ylim(0, top)
     if top is None:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    else:
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     axes.set_xlim(0, max(float(seconds[-1]) / scale, 1e-9))
     axes.set_xlabel(name)
     axes.set_ylabel(unit)
@@ -110,11 +115,25 @@ def with_bands(bands: Sequence[Band], unit: str) -> str:
         axes.plot(band.x, band.value, color=color, marker="o", markersize=3, linewidth=1.4, label=band.label, clip_on=False)
     axes.set_xscale("log", base=2)
     ticks = sorted({k for band in bands for k in band.x})
-    axes.set_xticks(ticks, [str(k) for k in ticks])
-    axes.set_ylim(0, 1)
+    axes.set_xticks(ticks, _apart(ticks))
+    top = 1.05 * max(high for band in bands for high in band.high)
+    axes.set_ylim(0, top if 0 < top < 0.75 else 1)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     axes.set_xlabel(unit)
     _legend(axes)
     return _close(figure)
+
+
+def _apart(ticks: Sequence[int]) -> list[str]:
+    """Return the labels of ticks on a logarithmic axis, empty for one that would touch the next in the narrow drawing."""
+    labels: list[str] = []
+    span, after = max(math.log2(ticks[-1] / ticks[0]), 1e-9), math.inf
+    for tick in reversed(ticks):
+        place = math.log2(tick / ticks[0]) / span * _NARROW_AXIS
+        reach = (len(str(tick)) / 2 + 0.5) * _DIGIT
+        labels.append(str(tick) if place + reach < after else "")
+        after = place - reach if labels[-1] else after
+    return labels[::-1]
 
 
 def _legend(axes: Axes) -> None:
