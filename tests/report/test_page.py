@@ -64,6 +64,14 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given():
     assert "by the roofline of &lt;this&gt;" in page and "last start" not in page
 
 
+def test_a_page_says_what_it_is_and_what_its_figures_mean() -> None:
+    page = render_page(replace(RUN, estimates=(*(RUN.estimates or ()), Estimate("best-of-4", 0.4, 0.3, 0.5))))
+    assert "<title>tokabatch report: out/&lt;b&gt;</title>" in page and "<h1><small>tokabatch report</small>out/" in page
+    assert "pass@k: the chance that at least one of k samples of a row is right. best-of-k: the score of" in page
+    assert "In brackets: 95% intervals over the rows.</p>" in page and "maj@k" not in page
+    assert "In brackets" not in render_page(replace(RUN, estimates=None))
+
+
 def test_a_resumed_run_is_shown_over_all_its_starts():
     page = render_page(replace(RUN, summary={"this_start": {**SUMMARY, "earlier": 5}}))
     seconds, kept = STEPS["seconds"].sum(), RUN.lengths.sum()

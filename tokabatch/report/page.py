@@ -27,6 +27,11 @@ _CHARACTERS, _FOLDED, _BEGINNING = 4000, 700, 200
 """The most characters that are shown of a text, of a prompt without folding it, and of a sample that is folded."""
 _SHORT = ("Prompt tokens", "Predicted and actual")
 """Figures that half of the height is enough for."""
+_MEANINGS = {
+    "pass@": "the chance that at least one of k samples of a row is right",
+    "maj@": "the chance that the most frequent answer of k samples is right",
+    "best-of-": "the score of the likeliest of k samples",
+}
 _COLORS = (plots.INK, "#9ec5fe", plots.SECOND)
 _CSS = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1f2328;--soft:#57606a;--line:#d0d7de;--bad:#b42318;--good:#1a7f37}
@@ -34,9 +39,11 @@ _CSS = """
 *{box-sizing:border-box}
 body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--page);
 margin:2rem auto;max-width:78rem;padding:0 1rem}
-h1{font-size:1.35rem;margin:0;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:1.8rem 0 .6rem}
+h1{font-size:1.35rem;margin:0;overflow-wrap:anywhere}h1 small{display:block;font-size:.82rem;font-weight:400;color:var(--soft)}
+h2{font-size:1.1rem;margin:1.8rem 0 .6rem}
 p.sub{color:var(--soft);margin:.2rem 0 1.2rem;overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(var(--columns),1fr);gap:.7rem;margin-bottom:1.4rem}
+.tiles+p{font-size:.82rem;margin:-.7rem 0 1.4rem}
 @media(max-width:60rem){.tiles{grid-template-columns:repeat(3,1fr)}}
 @media(max-width:42rem){.tiles{grid-template-columns:1fr 1fr}}
 .tile{border:1px solid var(--line);border-radius:.5rem;padding:.5rem .8rem}
@@ -146,9 +153,10 @@ def render_page(run: RunRecord) -> str:
     least = "26rem" if len(cells) == 4 else "21rem"
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{escape(run.path)}</title><style>{_CSS}</style>"
-        f"<h1>{escape(run.path)}</h1><p class=sub>model {escape(run.model)}, {escape(_state(run))}</p>"
-        f"<div class=tiles style='--columns:{_columns(len(tiles))}'>{''.join(tiles)}</div>{_errors(run)}"
+        f"<title>tokabatch report: {escape(run.path)}</title><style>{_CSS}</style>"
+        f"<h1><small>tokabatch report</small>{escape(run.path)}</h1>"
+        f"<p class=sub>model {escape(run.model)}, {escape(_state(run))}</p>"
+        f"<div class=tiles style='--columns:{_columns(len(tiles))}'>{''.join(tiles)}</div>{_meanings(run)}{_errors(run)}"
         f"<div class=plots style='--least:{least}'>{''.join(cells)}</div>"
         f"{_samples(run)}{_facts(run)}</html>\n"
     )
@@ -187,6 +195,14 @@ def _state(run: RunRecord) -> str:
         found = f"{counted(run.errors, 'error')} in {counted(run.samples, 'sample')}"
         return f"complete, but with {found}, more than errors.max_fraction allows"
     return run.state
+
+
+def _meanings(run: RunRecord) -> str:
+    """Say below the tiles what the estimates among them mean."""
+    shown = distinct(run.estimates or ())
+    said = [f"{kind}k: {text}." for kind, text in _MEANINGS.items() if any(each.name.startswith(kind) for each in shown)]
+    said += ["In brackets: 95% intervals over the rows."] if any(each.interval(".1%") for each in shown) else []
+    return f"<p class=sub>{' '.join(said)}</p>" if said else ""
 
 
 def _errors(run: RunRecord) -> str:
