@@ -247,10 +247,10 @@ def _samples(run: RunRecord) -> str:
 
 def _of_all(run: RunRecord, kind: Kind) -> str:
     """Return how many samples of a kind are shown, and of how many, where that is known."""
-    if run.per_token is not None or (kind in ("right", "wrong") and (run.right is None or run.unjudged)):
-        return ""
     right = run.right or 0
-    number = {"right": right, "wrong": run.ok - right}.get(kind, run.ok)
+    number = {"first": run.ok, "right": right, "wrong": run.ok - right}.get(kind)
+    if number is None or run.per_token is not None or (kind != "first" and (run.right is None or run.unjudged)):
+        return ""
     return f" <small>{len(run.samples_shown[kind]):,} of {number:,}</small>"
 
 
