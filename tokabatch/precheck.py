@@ -94,7 +94,7 @@ def refuse_early(
         job.refuse_sharing()
     if not absent_gpu:
         refuse_without_gpu(job.model, job.engine)
-    check_output(Path(job.output.path), shared=shared)
+    check_output(Path(job.output.path), shared=shared, overwrite=overwrite)
     if job.verify is not None:
         verifier = verifier_path(job.verify.kind)
         if not verifier.is_file():

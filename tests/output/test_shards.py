@@ -22,11 +22,13 @@ from support.shards import write_rows
 
 from tokabatch.errors import OutputError
 from tokabatch.input.fingerprint import Fingerprint
+from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.output.claim import Claim
 from tokabatch.output.lock import is_claimed
 from tokabatch.output.manifest import Manifest, Versions, mark_success, read_manifest, write_manifest, write_summary
 from tokabatch.output.probe import check_output
 from tokabatch.output.shard_writer import ShardWriter
+from tokabatch.output.steps import write_steps
 from tokabatch.storage.atomic_files import DurableFiles, publish
 
 WRITTEN = ["open_new", "write", "fsync", "close"]
@@ -306,7 +308,8 @@ def test_a_claim_clears_what_a_crash_left_unfinished_and_nothing_else(tmp_path: 
     out = tmp_path / "out"
     (out / "_tmp").mkdir(parents=True)
     (out / "_tmp" / "part-00000.parquet").write_bytes(b"torn")
-    (out / "_SUCCESS").write_text("{}")
+    (out / "_lock").touch()
+    (out / "_SUCCESS").write_text('{"samples": 0, "ok": 0, "errors": 0, "files": []}')
     with Claim(out) as claim:
         assert list((out / "_tmp").iterdir()) == []
         assert (out / "_SUCCESS").exists()
@@ -494,3 +497,75 @@ def test_anothers_shard_with_the_number_of_an_inode_that_was_given_back_is_not_o
         claim.files.link = DurableFiles.link.__get__(claim.files)  # pyright: ignore
         writer.commit()
         assert writer.is_lost(0) and not writer.shards
+
+
+OF_A_USER = {
+    **dict.fromkeys(("manifest.json", "job.json", "summary.json", "_SUCCESS", "commits.jsonl"), b'{"my": "results"}\n'),
+    **dict.fromkeys(("row_digests.parquet", "steps-00000.parquet", "data/part-00000.parquet"), b"a table"),
+    **dict.fromkeys(("_lock", "_tmp/notes", "_input/notes", "_units/notes", "data/notes"), b"mine"),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_USER)
+@pytest.mark.parametrize("writer", ["", "one"])
+def test_where_no_run_is_a_users_files_under_its_names_are_refused_and_stay(tmp_path: Path, name: str, writer: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if OF_A_USER[name] == b"a table":
+        pq.write_table(pa.table({"a": [1]}), path)
+    else:
+        path.write_bytes(OF_A_USER[name])
+    content, before = path.read_bytes(), sorted(tmp_path.rglob("*"))
+    named = name.removesuffix("/notes") if name[0] == "_" else name
+    message = rf"holds 1 file\(s\) that no run wrote \({named}\).*Choose another output\.path, or move them away"
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=message):
+            check_output(tmp_path, overwrite=overwrite)
+    with pytest.raises(OutputError, match=message):
+        Claim(tmp_path, writer=writer)
+    assert sorted(tmp_path.rglob("*")) == before and path.read_bytes() == content
+
+
+def test_what_a_run_left_without_its_manifest_is_no_obstacle(tmp_path: Path) -> None:
+    with Claim(tmp_path) as claim:
+        claim.begin("run", {b"tokabatch.run": b"run"}, (), "")
+        write_manifest(claim, manifest(), {"model": {}, "input": {}})
+        writer = writer_for(claim)
+        write_rows(writer, rows(0, 2))
+        mark_success(claim, writer.close(), 2)
+        write_summary(claim, {"exit_code": 0, "samples": 2})
+        write_steps(claim, {"seconds": np.zeros(1), "running": np.zeros(1)})
+        claim.write(claim.folder.row_digests, RowDigests(np.zeros(2, np.uint64), np.zeros(2, np.uint64)).to_parquet())
+    (tmp_path / "_tmp").mkdir()
+    (tmp_path / "_tmp" / "part-00001.parquet").touch()
+    (tmp_path / "manifest.json").unlink()
+    check_output(tmp_path, overwrite=True)
+    with Claim(tmp_path) as claim:
+        claim.discard()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_what_several_writers_left_before_a_manifest_stays_known_as_a_runs(tmp_path: Path) -> None:
+    Claim(tmp_path, writer="one").release()
+    Claim(tmp_path).release()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_lock", "_units", "data"]
+    check_output(tmp_path)
+
+
+def test_overwrite_deletes_no_parquet_file_of_a_user_among_the_shards(tmp_path: Path) -> None:
+    with Claim(tmp_path) as claim:
+        claim.begin("run", {b"tokabatch.run": b"run"}, (), "")
+        write_manifest(claim, manifest(), {"model": {}, "input": {}})
+        writer = writer_for(claim)
+        write_rows(writer, rows(0, 2))
+        writer.close()
+    # Damaged is not foreign: the record names it.
+    (tmp_path / "data" / "part-00000.parquet").write_bytes(b"torn")
+    check_output(tmp_path, overwrite=True)
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "data" / "part-00007.parquet")
+    with pytest.raises(OutputError, match=r"holds 1 file.*that no run wrote \(data/part-00007\.parquet\)"):
+        check_output(tmp_path, overwrite=True)
+    with Claim(tmp_path) as claim, pytest.raises(OutputError, match=r"data/part-00007\.parquet"):
+        claim.discard()
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["part-00000.parquet", "part-00007.parquet"]
+    assert (tmp_path / "manifest.json").exists()

@@ -124,7 +124,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (out / "data" / "part-00000.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(OutputError, match=r"part-00000\.parquet is damaged"):
         read_status(out)
-    for content, message in [("{", "cannot be read"), ("[]", "holds no JSON object"), ("{}", "not a manifest")]:
+    unknown = ('{"fingerprint": {}}', "not a manifest that this version can read")
+    foreign = ('{"my": 1}', "was not written by a run. Choose another output.path, or move it away")
+    for content, message in [("{", "cannot be read"), ("[]", "holds no JSON object"), unknown, foreign]:
         (out / "manifest.json").write_text(content)
         with pytest.raises(OutputError, match=message):
             read_status(out)

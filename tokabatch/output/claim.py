@@ -31,9 +31,10 @@ from types import TracebackType
 
 from tokabatch.errors import CommitError, DamageError, OutputError
 from tokabatch.output.folder import PLAN, OutputFolder
+from tokabatch.output.foreign_files import refuse_foreign
 from tokabatch.output.journal import Journal, Shard
 from tokabatch.output.lock import FolderLock
-from tokabatch.output.probe import PROBE, probe, refuse_file_name, refuse_foreign
+from tokabatch.output.probe import PROBE, probe, refuse_file_name
 from tokabatch.storage.atomic_files import DurableFiles, NewFile, make_folders, publish, write_whole
 from tokabatch.storage.listing import NO_MARK, Mark, is_there, list_files, mark_of, read_bytes, unreadable
 from tokabatch.storage.write_errors import is_full, may_pass, reason, remedy, unwritable
@@ -209,7 +210,9 @@ class Claim:
         self.files.sync_folder(self.folder.path)
 
     def discard(self) -> None:
-        """Delete the results of an earlier run. Interrupted, it leaves a run without some of its samples."""
+        """Delete the results of an earlier run. Interrupted, it leaves a run without some of its samples. Raises OutputError
+        before, if there are files among them that no run wrote."""
+        refuse_foreign(self.folder, overwrite=True)
         shards = self.folder.shards()
         record = None if self.journal is not None else self.folder.record()
         if record is not None and record.problem is None:
@@ -270,6 +273,8 @@ class Claim:
         folder = self.folder
         try:
             refuse_file_name(folder)
+            # Before there is a lock of this claim, beside which unfinished files count as a run's.
+            refuse_foreign(folder)
             self._absolute = folder.path.absolute()
             for place in (folder.data, folder.path, *folder.path.parents):
                 if self.files.look(place, follow=False) is None:
@@ -306,6 +311,9 @@ class Claim:
         with suppress(OSError, OutputError):
             if is_there(self.files, folder.manifest) or self.files.names(folder.data):
                 return
+            if any(is_there(self.files, left) for left in (folder.temporaries, folder.units, folder.input)):
+                # Beside a lock, the next claim takes them for a run's.
+                return
             for leftover in (folder.commits, folder.lock):
                 with suppress(FileNotFoundError):
                     self.files.remove(leftover)
@@ -315,7 +323,6 @@ class Claim:
 
     def _clear(self) -> None:
         folder = self.folder
-        refuse_foreign(folder)
         if self.files.alone:
             self.files.remove_tree(folder.temporaries)
             self.files.make_folder(folder.temporaries)

@@ -17,8 +17,9 @@ import pyarrow as pa
 from tokabatch.errors import DamageError, ForeignFileError
 from tokabatch.number_text import counted
 from tokabatch.output.folder import OutputFolder
+from tokabatch.output.foreign_files import RUN_KEY
 from tokabatch.output.journal import Record, Shard
-from tokabatch.output.manifest import RUN_KEY, Manifest, Success, read_success
+from tokabatch.output.manifest import Manifest, Success, read_success
 from tokabatch.output.shards import count_cancelled, count_ok, damaged, open_shard, read_groups
 from tokabatch.storage.listing import Changed, ListedFile, Mark, is_there
 

@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokabatch import __version__
-from tokabatch.errors import DamageError
+from tokabatch.errors import DamageError, ForeignFileError
 from tokabatch.input.fingerprint import Fingerprint, is_of_verify
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
+from tokabatch.output.foreign_files import RUN_KEY, is_manifest
 from tokabatch.output.journal import Shard
 from tokabatch.output.plain_json import to_json
 from tokabatch.storage.atomic_files import NewFile, publish
 from tokabatch.storage.listing import is_there, read_bytes
 
 SCHEMA_VERSION = 3
-RUN_KEY, FINGERPRINT_KEY, VERIFIER_KEY = b"tokabatch.run", b"tokabatch.fingerprint", b"tokabatch.verifier"
-"""Keys of a shard's metadata: its run, the digest of the settings of the run's first start, and the digest of what its verdicts
+FINGERPRINT_KEY, VERIFIER_KEY = b"tokabatch.fingerprint", b"tokabatch.verifier"
+"""Further keys of a shard's metadata: the digest of the settings of the run's first start, and the digest of what its verdicts
 depend on."""
 _DIGEST = "sha256"
 
@@ -222,10 +223,13 @@ def read_success(folder: OutputFolder) -> Success | None:
 
 
 def read_manifest(folder: OutputFolder) -> Manifest | None:
-    """Return OUT/manifest.json, or None if there is none. Raises DamageError if it is damaged."""
+    """Return OUT/manifest.json, or None if there is none. Raises DamageError if it is damaged, ForeignFileError if no run wrote
+    it."""
     document = _read(folder, folder.manifest, "Restore it from a copy, or start over with --overwrite.")
     if document is None:
         return None
+    if not is_manifest(document):
+        raise ForeignFileError(f"{folder.manifest} was not written by a run. Choose another output.path, or move it away.")
     try:
         versions, fingerprint = Versions(**document["versions"]), Fingerprint(**document["fingerprint"])
         return Manifest(**cast("dict[str, Any]", {**document, "versions": versions, "fingerprint": fingerprint}))

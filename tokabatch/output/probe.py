@@ -14,6 +14,7 @@ from pathlib import Path
 from tokabatch.errors import OutputError
 from tokabatch.number_text import counted
 from tokabatch.output.folder import OutputFolder
+from tokabatch.output.foreign_files import refuse_foreign
 from tokabatch.output.lock import busy, is_claimed
 from tokabatch.storage.atomic_files import NewFile, publish
 from tokabatch.storage.write_errors import reason
@@ -25,13 +26,13 @@ _PROBE_BYTES = 1 << 16
 """Smaller than almost any shard: under a smaller limit on file sizes no run can work."""
 
 
-def check_output(path: Path, *, shared: bool = False) -> None:
+def check_output(path: Path, *, shared: bool = False, overwrite: bool = False) -> None:
     """Raise the OutputError that claiming this folder now would raise; leave nothing behind. With `shared`, others may be
-    writing there."""
+    writing there; with `overwrite`, its run is to be deleted."""
     folder = OutputFolder(path)
-    refuse_foreign(folder)
     if not shared and is_claimed(folder):
         raise busy(folder)
+    refuse_foreign(folder, overwrite=overwrite)
     try:
         refuse_file_name(folder)
         # A dangling link is in the way, too.
@@ -67,16 +68,6 @@ def refuse_file_name(folder: OutputFolder) -> None:
         raise OutputError(
             f"output.path {str(path)!r} is the name of a file, and the output is a folder of Parquet files; name a folder, "
             f"such as {plain}. `{export}` then writes one file"
-        )
-
-
-def refuse_foreign(folder: OutputFolder) -> None:
-    """Raise OutputError if data/ holds files that no run wrote."""
-    foreign = folder.foreign()
-    if foreign:
-        raise OutputError(
-            f"output.path {str(folder.path)!r} holds {len(foreign)} file(s) that no run wrote (data/{foreign[0]}). "
-            "Choose another output.path, or move them away."
         )
 
 
