@@ -58,6 +58,20 @@ def test_what_a_judge_found_is_shown_beside_its_verdict(verify: dict[str, Any], 
     assert f"; {judged[1]}</small>" in write_report(out).read_text()
 
 
+def test_an_unfolded_sample_shows_all_that_its_judge_says(tmp_path: Path) -> None:
+    rows, judge, out = tmp_path / "rows.jsonl", tmp_path / "judge.py", tmp_path / "out"
+    rows.write_text('{"question": "How many?", "notes": null, "long": "%s"}\n' % ("a" * 900))
+    columns = "COLUMNS = {'extracted': str, 'reason': str, 'step': str}\n"
+    judge.write_text(f"{columns}def verify(text, row): return {{'score': 0.25, 'reason': 'why ' * 30, 'step': None}}\n")
+    scripted_run(rows, out, verify={"kind": str(judge)})
+    page = write_report(out).read_text()
+    assert "; extracted nothing, verify_score 0.25</small>" in page
+    table = page[page.index("<h3>Judged</h3>") : page.index("<h3>Row</h3>")]
+    assert "<th>verify_score<td>0.25" in table and f"<th>reason<td>{'why ' * 30}" in table
+    assert "<th>step<td><small>null</small>" in table and "<th>notes<td><small>null</small>" in page
+    assert f"<th>long<td><details><summary>900 characters</summary>{'a' * 900}</details>" in page
+
+
 def test_a_notebook_shows_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closing, "excerpts", lambda out, count: {"first": (replace(SAMPLE, text="a <b>\nc"),)})
     monkeypatch.setattr(closing, "finish_reasons", lambda out: Counter(stop=3))

@@ -31,6 +31,7 @@ from tokabatch.storage.parquet_file import ParquetFile
 Kind = Literal["first", "right", "wrong", "longest", "lowest", "highest"]
 _KEYS = ("row_index", "sample_index", "status", "num_output_tokens")
 _T = TypeVar("_T")
+_SCORE = VERDICT_FIELDS[1].name
 _LONG_COLUMNS = frozenset(("token_ids", "logprobs"))
 
 
@@ -69,7 +70,8 @@ class Excerpt:
     logprob: float | None = None
     """Sum of the log-probabilities of its tokens, if they were recorded."""
     judged: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What its judge says besides the verdict, such as the answer that it has `extracted`; empty without a verdict."""
+    """What its judge says besides the verdict, such as the answer that it has `extracted`, and its `verify_score` if that is
+    neither 0 nor 1; empty without a verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +287,7 @@ def _read(shard: ListedFile, group: int, offset: int, id_column: str | None) -> 
     (values,) = python_rows(table)
     sources = row_names(schema, id_column)
     parse_json_texts([values], schema, input_names(schema))
-    verdicts = {each.name for each in VERDICT_FIELDS}
+    verdicts = {each.name for each in VERDICT_FIELDS if each.name != _SCORE}
     judges = [name for name in verdict_names(schema) if name not in verdicts] if values.get("correct") is not None else []
     return Excerpt(
         values["row_index"],
@@ -297,5 +299,5 @@ def _read(shard: ListedFile, group: int, offset: int, id_column: str | None) -> 
         {source: values[name] for name, source in sources.items() if name in values},
         values["verify_error"] or "it is not judged yet" if CORRECT.name in own and values["correct"] is None else "",
         values["cumulative_logprob"],
-        {name: values[name] for name in judges},
+        {name: values[name] for name in judges if name != _SCORE or values[name] not in (None, 0.0, 1.0)},
     )

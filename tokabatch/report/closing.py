@@ -77,11 +77,15 @@ def _few(out: Path) -> list[Excerpt]:
     return sorted((*judged, *found.get("first", ()))[:_SAMPLES], key=lambda each: (each.row_index, each.sample_index))
 
 
-def judged_text(sample: Excerpt, verify: Mapping[str, Any]) -> str:
+def judged_values(sample: Excerpt, verify: Mapping[str, Any]) -> dict[str, Any]:
     """What the judge has found in a sample, and what a verifier of the package expected; `verify` is the job's section."""
     expected = expected_answers(verify, sample.columns) if sample.judged else []
-    said = [*sample.judged.items(), *((("expected", " or ".join(expected)),) if expected else ())]
-    return ", ".join(f"{name} {_short(value)}" for name, value in said)
+    return {**sample.judged, **({"expected": " or ".join(expected)} if expected else {})}
+
+
+def judged_text(values: Mapping[str, Any]) -> str:
+    """The same on one line."""
+    return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
 
 
 def _short(value: Any) -> str:
@@ -96,7 +100,7 @@ def _sample(sample: Excerpt, verify: Mapping[str, Any]) -> list[tuple[str, str]]
     label = f"row {sample.row_index:,}, {'text' if scored else 'sample'} {sample.sample_index:,}{verdict}"
     text = _cut(sample.text.strip(), _SAMPLE_LINES, _SAMPLE_CHARACTERS) or "(no text)"
     text = text if not scored or sample.logprob is None else f"{sample.logprob:.2f}  {text}"
-    judged = judged_text(sample, verify)
+    judged = judged_text(judged_values(sample, verify))
     return [(label, text), *((("judged", judged),) if judged else ())]
 
 

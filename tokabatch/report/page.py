@@ -19,7 +19,7 @@ from tokabatch.number_text import counted, decimal_text, seconds_text
 from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
 from tokabatch.output.steps import elapsed
 from tokabatch.report import plots
-from tokabatch.report.closing import errors_section, judged_text
+from tokabatch.report.closing import errors_section, judged_text, judged_values
 from tokabatch.report.page_style import CSS
 from tokabatch.report.step_figures import step_figures
 from tokabatch.scoring.estimates import Estimate, distinct
@@ -28,6 +28,8 @@ _CHARACTERS, _FOLDED, _BEGINNING = 4000, 700, 200
 """The most characters that are shown of a text, of a prompt without folding it, and of a sample that is folded."""
 _SHORT = ("Prompt tokens", "Predicted and actual")
 """Figures that half of the height is enough for."""
+_SAID, _JUDGED = 100, ("extracted", "expected", "verify_score")
+"""If a judge says more of a sample, its line says only these; the rest is shown where it is unfolded."""
 _MEANINGS = {
     "pass@": "the chance that at least one of k samples of a row is right",
     "maj@": "the chance that the most frequent answer of k samples is right",
@@ -213,7 +215,7 @@ def _of_all(run: RunRecord, kind: Kind) -> str:
 
 def _sample(sample: Excerpt, run: RunRecord) -> str:
     """Return a folded sample: its prompt (folded again if it is long), its text, and the columns of its row."""
-    prompt, judged = run.prompts.get(sample.row_index), judged_text(sample, run.verify)
+    prompt, judged = run.prompts.get(sample.row_index), judged_values(sample, run.verify)
     scored = sample.finish_reason == "scored"
     mark = "<b class=good>right</b> " if sample.correct else "" if sample.correct is None else "<b class=bad>wrong</b> "
     if sample.unjudged:
@@ -223,8 +225,10 @@ def _sample(sample: Excerpt, run: RunRecord) -> str:
         per_token = sample.logprob / max(1, sample.num_output_tokens)
         ended += f", log-probability {sample.logprob:,.2f}, {per_token:,.2f} per token"
     ended += ", cut off" if sample.finish_reason == "length" else ""
-    ended += f"; {judged}" if judged else ""
-    columns = "".join(f"<tr><th>{escape(name)}<td>{escape(_cut(value))}" for name, value in sample.columns.items())
+    said = judged_text(judged)
+    if len(said) > _SAID:
+        said = judged_text({name: judged[name] for name in _JUDGED if name in judged})
+    ended += f"; {said}" if said else ""
     shown = ""
     if prompt is not None:
         text = f"<pre>{escape(_cut(prompt))}</pre>"
@@ -235,19 +239,28 @@ def _sample(sample: Excerpt, run: RunRecord) -> str:
     return (
         f"<details><summary>{mark}{name} <small>{escape(ended)}</small><div>{escape(beginning)}</div></summary>{shown}"
         f"<h3>{'Scored text' if scored else 'Sample'}</h3><pre>{escape(_cut(sample.text))}</pre>"
-        f"{f'<h3>Row</h3><table class=keyed>{columns}</table>' if columns else ''}</details>"
+        f"{_table('Judged', judged)}{_table('Row', sample.columns)}</details>"
     )
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    """Return values by name under a title, long ones folded; nothing if there are none."""
+    rows = "".join(f"<tr><th>{escape(name)}<td>{_value(value)}" for name, value in values.items())
+    return f"<h3>{title}</h3><table class=keyed>{rows}</table>" if rows else ""
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "<small>null</small>"
+    text = _cut(value)
+    if len(text) <= _FOLDED:
+        return escape(text)
+    return f"<details><summary>{counted(len(str(value)), 'character')}</summary>{escape(text)}</details>"
 
 
 def _cut(value: Any) -> str:
     """Return a value as text of limited length; lists and objects become JSON."""
-    text = (
-        ""
-        if value is None
-        else json.dumps(value, ensure_ascii=False, default=str)
-        if isinstance(value, list | dict)
-        else str(value)
-    )
+    text = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
     return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} […]"
 
 
