@@ -303,6 +303,13 @@ def test_axes_of_whole_numbers_have_no_fractions(value: int) -> None:
     assert not re.findall(r">\d+\.\d+</text>", svg)
 
 
+def test_axes_of_counts_have_round_numbers_written_as_elsewhere() -> None:
+    svg = over_time(np.array([1.0, 2.0]), [Curve("c", np.array([768.0, 4700.0]))], "tokens").partition("</svg>")[0]
+    assert re.findall(r">([\d,]+)</text>", svg.partition("matplotlib.axis_2")[2]) == [f"{n:,}" for n in range(0, 5000, 500)]
+    svg = over_time(np.array([1.0, 2.0]), [Curve("c", np.array([700.0, 60.0]))], "tokens").partition("</svg>")[0]
+    assert re.findall(r">([\d,]+)</text>", svg.partition("matplotlib.axis_2")[2]) == [f"{n}" for n in range(0, 800, 100)]
+
+
 def test_the_longest_of_equal_samples_are_not_shown():
     """Nor those that were all cut off at one length: which of them are shown would be arbitrary."""
     one = Excerpt(0, 0, "text", "stop", 8, None, {})

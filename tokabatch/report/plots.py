@@ -17,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -64,7 +65,7 @@ def over_time(seconds: Float64, curves: Sequence[Curve], unit: str, top: float |
         axes.plot(times, values, drawstyle="steps-pre", color=curve.color, linewidth=1.4, label=curve.label)
     axes.set_ylim(0, top)
     if top is None:
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _count(axes.yaxis)
     else:
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     axes.set_xlim(0, max(float(seconds[-1]) / scale, 1e-9))
@@ -91,7 +92,7 @@ def histogram(values: npt.NDArray[np.int32] | Float64, unit: str, counted: str) 
     axes.set_xlabel(unit)
     axes.set_ylabel(counted)
     for axis in (axes.xaxis, axes.yaxis) if whole else (axes.yaxis,):
-        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _count(axis)
     _legend(axes)
     return _close(figure)
 
@@ -134,6 +135,12 @@ def _apart(ticks: Sequence[int]) -> list[str]:
         labels.append(str(tick) if place + reach < after else "")
         after = place - reach if labels[-1] else after
     return labels[::-1]
+
+
+def _count(axis: Axis) -> None:
+    """Put round whole numbers on an axis."""
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda number, _: f"{number:,.10g}")
 
 
 def _legend(axes: Axes) -> None:
