@@ -114,6 +114,7 @@ def test_a_run_leaves_what_its_page_profile_and_next_plan_need(job, tmp_path, mo
     page = write_report(out).read_text()
     for title in ("Throughput", "KV cache in use", "pass@k", "Output lengths", "Predicted and actual"):
         assert f"<figcaption>{title}" in page
+    assert "jobs/quickstart/problems.jsonl (6 rows)" in page
     fitted = profile_run(out, tmp_path / "profile.json")
     assert fitted.source == str(out)
     again = job.model_copy(update={"output": job.output.model_copy(update={"path": str(tmp_path / "again")})})

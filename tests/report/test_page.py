@@ -70,6 +70,8 @@ def test_a_page_says_what_it_is_and_what_its_figures_mean() -> None:
     assert "pass@k: the chance that at least one of k samples of a row is right. best-of-k: the score of" in page
     assert "In brackets: 95% intervals over the rows.</p>" in page and "maj@k" not in page
     assert "In brackets" not in render_page(replace(RUN, estimates=None))
+    started = replace(RUN, facts=[("started", "2026-01-02 03:04:05 UTC")])
+    assert "<p class=sub>model a model, complete, started 2026-01-02 03:04:05 UTC</p>" in render_page(started)
 
 
 def test_a_resumed_run_is_shown_over_all_its_starts():
@@ -180,6 +182,7 @@ def test_a_page_of_scored_texts_shows_choices_and_log_probabilities():
     page = render_page(replace(RUN, samples_shown=shown, per_token=per_token, estimates=accuracy))
     assert "<b>50.0%</b><span>accuracy (40.0% to 60.0%)" in page and "normalized accuracy (20.0% to 30.0%)" in page
     assert "<b>-1.000</b><span>log-probability per token" in page and "<b>2.718</b><span>perplexity" in page
+    assert "<b>22,026</b><span>perplexity" in render_page(replace(RUN, per_token=replace(per_token, mean=-10.0)))
     assert (
         page.index("Wrong choices")
         < page.index("Right choices")

@@ -114,7 +114,7 @@ def render_page(run: RunRecord) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>tokabatch report: {escape(run.path)}</title><style>{CSS}</style>"
         f"<h1><small>tokabatch report</small>{escape(run.path)}</h1>"
-        f"<p class=sub>model {escape(run.model)}, {escape(_state(run))}</p>"
+        f"<p class=sub>model {escape(run.model)}, {escape(_state(run))}{escape(_started(run))}</p>"
         f"<div class=tiles style='--columns:{_columns(len(tiles))}'>{''.join(tiles)}</div>{_meanings(run)}{_errors(run)}"
         f"<div class=plots style='--least:{least}'>{''.join(cells)}</div>"
         f"{_samples(run)}{_facts(run)}</html>\n"
@@ -137,6 +137,10 @@ def _cells(figures: Sequence[tuple[str, str, str]]) -> list[str]:
 def _text(text: str) -> str:
     """Return text as HTML that does not break between a number and its unit."""
     return escape(re.sub(r"(?<=\d) (?=(?:ms|s)\b|%)", "\u00a0", text))
+
+
+def _started(run: RunRecord) -> str:
+    return "".join(f", started {value}" for name, value in run.facts if name == "started")
 
 
 def _columns(tiles: int) -> int:
@@ -180,7 +184,7 @@ _TITLES: dict[Kind, str] = {
     "longest": "Longest of the other samples",
 }
 _TITLES_OF_SCORED: dict[Kind, str] = {
-    "wrong": "Wrong choices: the likeliest continuation of its row, which is not the right one",
+    "wrong": "Wrong choices: continuations that are likeliest in their row, but not right",
     "right": "Right choices",
     "lowest": "Lowest log-probability per token of the other texts, one of each row",
     "highest": "Highest log-probability per token of the other texts, one of each row",
@@ -288,7 +292,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         rows.append(("of pass@k before all samples are there: short ones finish first", "no estimate", True))
     if run.per_token is not None and len(run.per_token.of_texts):
         rows.append(("log-probability per token, all texts together", f"{run.per_token.mean:,.3f}", False))
-        rows.append(("perplexity, all texts together", f"{math.exp(min(700.0, -run.per_token.mean)):,.4g}", False))
+        rows.append(("perplexity, all texts together", _perplexity(run.per_token.mean), False))
     rows += [
         (f"of {counted(run.samples, 'sample' if run.per_token is None else 'text')} ok", f"{run.ok:,}", False),
         ("errors", f"{run.errors:,}", run.errors > 0),
@@ -321,6 +325,11 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     if s.get("preemptions"):
         rows.append(("preemptions" + last, f"{s['preemptions']:,}", False))
     return rows
+
+
+def _perplexity(logprob: float) -> str:
+    value = math.exp(min(700.0, -logprob))
+    return f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:.4g}"
 
 
 def _figures(run: RunRecord) -> list[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ from tokabatch.input.prompts.rebuild import job_as_run, rebuild_prompts
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.job import GenerationConfig
 from tokabatch.job.scalars import write_value
+from tokabatch.number_text import counted
 from tokabatch.output.excerpts import Excerpt, Kind, error_rows, excerpts, finish_reasons
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
@@ -127,7 +128,7 @@ def _facts(
     rows = [
         ("started", manifest.started.replace("T", " ").replace("+00:00", " UTC")),
         ("model", manifest.model_path),
-        ("input", str(job.get("input", {}).get("path", ""))),
+        ("input", f"{job.get('input', {}).get('path', '')} ({counted(manifest.rows, 'row')})"),
         ("settings", settings),
         ("verified by", str(verified.get("kind", ""))),
         ("right", right_from(estimates)),
