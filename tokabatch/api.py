@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokabatch.errors import UsageError
 from tokabatch.job import Job
@@ -61,10 +61,14 @@ def run(
     EngineError if the engine fails.
     """
     begun = time.perf_counter()
-    if isinstance(progress, str):
+    if isinstance(progress, str) and "=" in progress:
         raise UsageError(f"run takes no overrides: write run(Job.load(..., {progress!r}))")
     display = import_module("tokabatch.report.progress").chosen_progress(progress)
     reuse = {"overwrite": overwrite, "retry_errors": retry_errors}
+    for name, value in {**reuse, "repair": repair}.items():
+        # A text such as "no" would count as true.
+        if not isinstance(cast("Any", value), bool):
+            raise UsageError(f"{name} is {value!r}; it takes True or False")
     job = _checked(job, shared=shared is not None, **reuse)
     fresh = "torch" not in sys.modules
     runner = import_module("tokabatch.runner.run")

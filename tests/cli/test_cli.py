@@ -435,16 +435,24 @@ for called, named, said in (
     except UsageError as error:
         print(said, "|", error)
 try:
-    run("job.yaml", nonsense=3)
+    run("job.yaml", quiet=True)
 except TypeError as error:
-    print("unexpected keyword argument 'nonsense' |", error)
+    print("no argument quiet; there are job, progress, .*repair.*progress=False shows nothing |", error)
+for named, said in (
+    ({{"progress": "yes"}}, "progress is a Python str; it"),
+    ({{"overwrite": "no"}}, "overwrite is 'no'; it takes True or False"),
+):
+    try:
+        run({QUICKSTART!r}, **named)
+    except UsageError as error:
+        print(said, "|", error)
 assert not {{"torch", "transformers", "tokenizers"}} & sys.modules.keys()
 """
         command = [sys.executable, "-c", program]
         ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
         assert ended.returncode == 0, ended.stderr
         lines = [line.split(" | ") for line in ended.stdout.splitlines()]
-        assert len(lines) == 15 and all(re.search(said, error) for said, error in lines), ended.stdout
+        assert len(lines) == 17 and all(re.search(said, error) for said, error in lines), ended.stdout
 
     def test_run_leaves_every_sample_in_parquet(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
         out, done = finished

@@ -35,6 +35,10 @@ def refusing_keys(
                 write = remedy.format(job=f"Job.load({', '.join([job, *map(repr, overrides)])})")
                 name = remedy.format(job="Job.load").partition("(")[0]
                 raise JobError(f"{name} takes no keys of a job, such as {next(iter(given))}: write {write}")
+            if given:
+                quiet = "; progress=False shows nothing" if "progress" in accepted else ""
+                there = ", ".join(list(accepted)[source:])
+                raise TypeError(f"there is no argument {next(iter(given))}; there are {there}{quiet}")
             return function(*arguments, **named)
 
         return called

@@ -37,6 +37,7 @@ def notes(prompt: dict[str, Any], **facts: Any) -> str:
         ({"template": "<|end|>{{ question }}"}, {"chat": True}, "writes the special token '<|end|>' itself"),
         (FEW_SHOT, {}, "prompt.few_shot.template names no column, so all 2 examples are alike; write a column as"),
         ({"template": r"{{ question }}\nAnswer:"}, {}, "prompt.template holds a backslash and 'n', as YAML's single quotes"),
+        ({"template": r"{{ question }}\nAnswer:"}, {}, """(on a command line, 'prompt.template="...\\n..."')"""),
         ({"template": r"q: {{ question }}\na:"}, {}, "put the template in double quotes"),
         ({"template": "{{ question }}", "system": r"Be brief.\n\n"}, {}, "prompt.system holds a backslash and 'n'"),
         ({"template": "{{ question }} in \text{cm}"}, {}, r"holds a tab in front of 'ext', as \text becomes in double quotes"),

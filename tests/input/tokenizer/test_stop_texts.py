@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
+import yaml
 
 from tokabatch.input.tokenizer.stop_texts import describe_stops, refuse_special
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
@@ -14,6 +17,10 @@ def test_escapes_that_quotes_have_kept(stop: str, tokenizers: dict[str, Tokenize
     meant = stop.replace(r"\n", "\n").replace(r"\t", "\t").replace(r"\r", "\r")
     assert f"generation.stop holds '{stop}': a backslash and" in sentence
     assert f'write "{stop}", in double quotes' in sentence and meant not in sentence
+    # As a shell takes it.
+    typed = sentence.rpartition("on a command line, ")[2].removesuffix(")")
+    name, _, value = shlex.split(typed)[0].partition("=")
+    assert (name, yaml.safe_load(value)) == ("generation.stop", meant)
 
 
 def test_a_text_that_the_tokenizer_does_not_spell(tokenizers: dict[str, Tokenizer]) -> None:

@@ -94,7 +94,7 @@ def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str
         if _WRITTEN_NEWLINE.search(_TAGS.sub("", source)):
             yield (
                 f"prompt.{key} holds a backslash and 'n', as YAML's single quotes and the command line keep them; if a newline "
-                'is meant, put the template in double quotes: "...\\n..."'
+                f'is meant, put the template in double quotes: "...\\n..." (on a command line, \'prompt.{key}="...\\n..."\')'
             )
         if cut := _CUT_COMMAND.search(source):
             letter, sign, _ = _CUT_COMMANDS[cut[0][0]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Set
 from typing import Protocol
 
@@ -49,10 +50,13 @@ def describe_stops(stops: Mapping[str, str], tokenizer: Spells, special_texts: S
     for stop in texts:
         escape = _ESCAPE.search(stop)
         if escape:
-            meant = _ESCAPE.sub(lambda found: found[0].encode().decode("unicode_escape"), stop)
+            meant = json.dumps(_ESCAPE.sub(lambda found: found[0].encode().decode("unicode_escape"), stop), ensure_ascii=False)
+            # A shell removes the outer quotes.
+            typed = shlex.quote(f"{stops[stop]}={meant}")
+            typed = f" (on a command line, {typed})" if stops[stop] == "generation.stop" else ""
             sentences.append(
-                f"{stops[stop]} holds '{stop}': a backslash and {escape[1]!r}, as YAML's single quotes keep them; if "
-                f"{_MEANT[escape[1]]} is meant, write {json.dumps(meant, ensure_ascii=False)}, in double quotes"
+                f"{stops[stop]} holds '{stop}': a backslash and {escape[1]!r}, as single quotes and the command line keep "
+                f"them; if {_MEANT[escape[1]]} is meant, write {meant}, in double quotes{typed}"
             )
         elif stop in never:
             sentences.append(
