@@ -52,7 +52,7 @@ BAD_ROWS = [
     BadRow("lone surrogate in a key", b'{"prompt": "a", "\\udc00": 1}', "bad_unicode", "half of a surrogate pair"),
     BadRow("missing field", _row(other="a"), "missing_field", "'prompt' is missing in this row; it has other"),
     BadRow("null field", _row(prompt=None), "missing_field", "'prompt' is null in this row"),
-    BadRow("empty object", b"{}", "missing_field", "'prompt' is missing in this row"),
+    BadRow("empty object", b"{}", "missing_field", "'prompt' is missing in this row; it is empty"),
     BadRow("number for text", _row(prompt=3), "bad_type", "'prompt' must hold text, not the number 3"),
     BadRow("object for text", _row(prompt={"a": 1}), "bad_type", "'prompt' must hold text, not an object"),
     BadRow("empty prompt", _row(prompt=""), "empty_prompt", "the prompt is empty"),

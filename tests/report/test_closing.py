@@ -93,6 +93,8 @@ def test_error_rows_and_how_many_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert section.rows == (
         ("bad_json", "7 (id7)", "line 8: why […]"), ("", "", "and 8 more of this code"), ("empty_prompt", "2", "no text"),
     )  # fmt: skip
+    section = closing.errors_section(ErrorRows(rows, {"bad_json": 9, "empty_prompt": 1}), "--all")
+    assert section.rows[1][-1] == "and 8 more of this code; --all shows them"
 
 
 def test_what_cannot_be_read_back_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_mbpp() -> None:
 
 
 def test_it_runs_only_where_that_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"can read and delete your files.*allow_code_execution: true"):
+    with pytest.raises(JobError, match=r"can read and delete your files.*allow_code_execution to true"):
         scripted_job("x.jsonl", tmp_path / "out", verify={"kind": "code"})
 
 

@@ -191,7 +191,7 @@ def _message(error: Any, params: Sequence[Any], *, near_ones: bool = True) -> st
         return error.format_message().rstrip(".")
     starting = [name for name in names if name.startswith(option) and option.startswith("--")]
     words = {name.lstrip("-"): name for name in names}
-    near = starting or [words[word] for word in get_close_matches(option.lstrip("-"), words, n=1)]
+    near = starting or [words[word] for word in get_close_matches(option.lstrip("-"), words, n=1, cutoff=0.65)]
     remedy = f"did you mean {near[0]}?" if near else f"the options are {', '.join(names)}" if names else ""
     remedy = remedy if near_ones else ""
     remedy = next((text for options, needs, text in _OPTIONS_ELSEWHERE if option in options and needs in has), remedy)

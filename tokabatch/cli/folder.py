@@ -72,7 +72,7 @@ def errors(
     read_state(out)
     closing = import_module("tokabatch.report.closing")
     found = import_module("tokabatch.output.excerpts").error_rows(out, None if all_rows else closing.PER_CODE)
-    print_result((closing.errors_section(found),) if found.rows else f"{out} holds no error rows")
+    print_result((closing.errors_section(found, "--all"),) if found.rows else f"{out} holds no error rows")
 
 
 def report(
@@ -157,6 +157,7 @@ def score(
       tokabatch score out/quickstart verify.kind=./my_judge.py:grade
       tokabatch score out/quickstart verify.kind=exact --to verdicts.parquet
     """
+    refuse_absent(out)
     doing = "keeping the verdicts so far" if to is None else f"{to} is not written"
     with stop_on_signals(doing) as stop:
         try:

@@ -55,7 +55,8 @@ def missing_field(name: str, row: Mapping[str, Any], *, template: bool = False) 
 def suggestion(name: str, names: Iterable[Any], *, template: bool = False) -> str:
     """Suggest what a misspelt `name` may mean, and list what exists."""
     listed = [str(each) for each in names]
-    return f"{did_you_mean(name, listed, template=template)}; it has {list_columns(listed)}"
+    has = f"it has {list_columns(listed)}" if listed else "it is empty"
+    return f"{did_you_mean(name, listed, template=template)}; {has}"
 
 
 def did_you_mean(name: str, names: Iterable[str], *, template: bool = False) -> str:

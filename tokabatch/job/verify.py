@@ -93,7 +93,8 @@ class VerifyConfig(Section):
         if self.kind == "code" and not self.allow_code_execution:
             raise ValueError(
                 "kind code runs the model's output as your user: with limits on time and memory, but it can read and delete "
-                "your files and use the network. Run tokabatch in a container of its own and write `allow_code_execution: true`"
+                "your files and use the network. Run tokabatch in a container of its own, and set "
+                "verify.allow_code_execution to true"
             )
         return self
 

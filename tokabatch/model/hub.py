@@ -6,7 +6,6 @@ honoured by huggingface_hub itself.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from tokabatch.errors import ModelError
+from tokabatch.model.resolve import nearest_folder
 
 _WEIGHTS = ("*.safetensors",)
 _WANTED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
@@ -31,9 +31,7 @@ def fetch_model(name: str, revision: str | None, *, weights: bool, key: str, rev
     and `revision` under the keys `key` and `revision_key`."""
     wanted = (*_WANTED, *_WEIGHTS) if weights else _WANTED
     place = name if revision is None else f"{name} at revision {revision!r}"
-    near = get_close_matches(Path(name).name, sorted(each.name for each in Path(name).parent.glob("*/")), n=1)
-    meant = f" (did you mean {Path(name).with_name(near[0])}?)" if near else ""
-    absent = f"{place}: no such folder in {Path.cwd()}{meant}"
+    absent = f"{place}: no such folder in {Path.cwd()}{nearest_folder(Path(name))}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*_UNWANTED]))
     except GatedRepoError as error:

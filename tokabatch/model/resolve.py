@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
@@ -39,7 +40,18 @@ def resolve_model(
     if (found := re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w./-]+)", name)) and key != "model.tokenizer":
         raise ModelError(f"{name}: the revision is given by itself; write {found[1]} as {key}, {found[2]} as {revision_key}")
     if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"{name}: no such folder{'' if local.is_absolute() else f' (looked in {Path.cwd()})'}. {forms}")
+        where = "" if local.is_absolute() else f" (looked in {Path.cwd()})"
+        raise ModelError(f"{name}: no such folder{where}{nearest_folder(local)}. {forms}")
     # Half of what a start from a local folder imports before it reads anything, and unused there.
     hub = import_module("tokabatch.model.hub")
     return hub.fetch_model(name, revision, weights=weights, key=key, revision_key=revision_key)
+
+
+def nearest_folder(missing: Path) -> str:
+    """Return a question for a message, naming the folder whose name is nearest to that of one that is missing; or nothing."""
+    try:
+        beside = sorted(each.name for each in missing.parent.glob("*/"))
+    except OSError:
+        return ""
+    near = get_close_matches(missing.name, beside, n=1)
+    return f" (did you mean {missing.with_name(near[0])}?)" if near else ""

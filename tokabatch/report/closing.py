@@ -58,15 +58,15 @@ def _cut_off(out: Path) -> tuple[Section, ...]:
     return (Section("Cut off", (("", f"{text} {remedy}"),)),)
 
 
-def errors_section(errors: ErrorRows) -> Section:
-    """The error rows by code, and how many more there are than are named."""
+def errors_section(errors: ErrorRows, more_by: str = "") -> Section:
+    """The error rows by code, and how many more there are than are named; `more_by` is the option that names them."""
     table: list[tuple[str, str, str]] = []
     for code, group in groupby(errors.rows, key=lambda each: each.code):
         named = list(group)
         for place, each in enumerate(named):
             table.append(("" if place else code, _row(each), _cut(each.message, 1, _MESSAGE_CHARACTERS)))
         if more := errors.counts[code] - len(named):
-            table.append(("", "", f"and {more:,} more of this code"))
+            table.append(("", "", f"and {more:,} more of this code{more_by and f'; {more_by} shows them'}"))
     return Section("Error rows", tuple(table), ("code", "row", "message"))
 
 

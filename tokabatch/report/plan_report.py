@@ -165,7 +165,7 @@ def _plan_work(report: PlanReport, simulated: bool) -> tuple[tuple[str, str], ..
         ("unique tokens", f"{count_text(report.unique_tokens)}, the fewest that have to be computed"),
         ("shared tokens", f"{count_text(report.shared_tokens)}{shared}"),
         ("output tokens", f"at most {count_text(report.max_output_tokens)}"),
-        ("time", _time(report.least_seconds, simulated)),
+        *((("time", _time(report.least_seconds, simulated)),) if report.error_rows < report.rows else ()),
     )
 
 

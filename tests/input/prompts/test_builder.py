@@ -131,6 +131,7 @@ def test_a_final_assistant_message_is_continued(write_rows: Write, ingest_job: I
     ("messages", "code"),
     [
         ("text", "bad_type"),
+        ('[{"role": "user", "content": "hi"', "bad_type"),
         ([], "empty_prompt"),
         ([{"role": "user", "content": ""}], "empty_prompt"),
         (["hi"], "bad_type"),
@@ -143,7 +144,9 @@ def test_a_final_assistant_message_is_continued(write_rows: Write, ingest_job: I
 )
 def test_bad_messages_are_error_rows(messages: Any, code: str, write_rows: Write, ingest_job: Ingest) -> None:
     path = write_rows({"messages": [{"role": "user", "content": "hi"}]}, {"messages": messages})
-    assert codes(ingest_job(path, "chat", prompt={"messages": "messages"})) == {1: code}
+    store = ingest_job(path, "chat", prompt={"messages": "messages"})
+    assert codes(store) == {1: code}
+    assert ("text that is not valid JSON" in store.errors[1].message) == str(messages).startswith('[{"role"')
 
 
 KNOWN_ROLES = "{% for m in messages %}{% if m.role == 'user' or m.role == 'boss' %}{{ m.content }}{% endif %}{% endfor %}"

@@ -24,6 +24,7 @@ ROW: dict[str, Any] = {
     "fraction": 0.25,
     "flag": True,
     "null": None,
+    "void": None,
     "nan": float("nan"),
     "endless": float("inf"),
     "binary": b"\xff\xfe",
@@ -161,6 +162,7 @@ def test_what_has_no_text_is_refused_wherever_it_becomes_text(code: str, value: 
         ("{{ binary }}", r"`binary` is binary"),
         ("{{ order.itms }}", r"no field 'itms' \(did you mean 'items'\?\); it has .*default"),
         ("{{ ordr }}", r"'ordr' is missing in this row \(did you mean 'order'\?\).*\{\{ ordr \| default\(''\) \}\}"),
+        ("{{ void }} {{ null }}", r"'null' is null in this row \(so is 'void'\); .*\{\{ null \| default\(''\) \}\}"),
         ("{{ null }}", r"'null' is null in this row; .*\{\{ null \| default\(''\) \}\}"),
     ],
 )

@@ -36,7 +36,9 @@ def normalise_messages(value: Any, column: str) -> list[Message] | RowError:
     """Return the conversation in `value`, or an error `bad_type`, `bad_messages`, `missing_field` or `empty_prompt`."""
     value = decoded(value)
     if not isinstance(value, list):
-        return RowError("bad_type", f"the column {column!r} must hold a list of messages, not {kind_of(value)}")
+        is_json = isinstance(value, str) and value.lstrip().startswith("[")
+        what = "text that is not valid JSON" if is_json else kind_of(value)
+        return RowError("bad_type", f"the column {column!r} must hold a list of messages, not {what}")
     if not value:
         return RowError("empty_prompt", f"the column {column!r} holds no message")
     messages: list[Message] = []

@@ -49,10 +49,12 @@ class Template:
 
     def render(self, row: Mapping[str, Any]) -> str | RowError:
         """Return the text for one row, or an error `missing_field`, `bad_type`, `template_failed` or `template_too_large`."""
-        for name in _of_columns(self._non_null, self.by_name, row):
-            if row.get(name) is None:
-                error = missing_field(name, row, template=True)
-                return RowError(error.code, f"{error.message}; {optional(name)}")
+        absent = sorted(name for name in _of_columns(self._non_null, self.by_name, row) if row.get(name) is None)
+        if absent:
+            error = missing_field(absent[0], row, template=True)
+            null = [repr(name) for name in absent[1:] if {name, absent[0]} <= row.keys()]
+            also = f" (so {'is' if len(null) == 1 else 'are'} {', '.join(null)})" if null else ""
+            return RowError(error.code, f"{error.message}{also}; {optional(absent[0])}")
         values: dict[str, Any] = dict.fromkeys(self._required - self._non_null)
         values |= {name: row[name] for name in self.names if name in row}
         if ROW in self.names and ROW not in row:
