@@ -91,7 +91,9 @@ class TestWithoutAModel:
     def test_every_key_is_explained(self) -> None:
         done = tokabatch("keys")
         assert done.returncode == 0
-        assert "generation.max_tokens\n    Maximum length of a sample, in tokens.\n    Accepts" in done.stdout
+        assert (
+            "generation.max_tokens\n    Maximum length of a sample, in tokens; null means 256, too.\n    Accepts" in done.stdout
+        )
         assert "Accepts a folder's path; required." in done.stdout and "prompt.few_shot.k\n" in done.stdout
         assert "\n\nengine: How the work is done" in done.stdout
 

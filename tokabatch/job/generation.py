@@ -41,7 +41,7 @@ class GenerationConfig(Section):
     top_k: fields.OptionalTopK = Field(default=None, description="Keep only the k most likely tokens.")
     min_p: fields.MinP = Field(default=0.0, description="Drop tokens below this fraction of the most likely one's probability.")
     max_tokens: fields.MostTokens = Field(
-        default=256, description="Maximum length of a sample, in tokens; null means 256, too, not `context`."
+        default=256, description="Maximum length of a sample, in tokens; null means 256, too."
     )
     stop: fields.Texts = Field(default=(), description="Texts that end a sample.")
     stop_token_ids: fields.TokenIds = Field(default=(), description="Token ids that end a sample, besides the model's own.")
