@@ -33,7 +33,7 @@ def rows(tmp_path: Path) -> Path:
 def test_a_new_run_between_files_of_others(rows: Path, tmp_path: Path, shared: Shared | None) -> None:
     out = tmp_path / "home"
     out.mkdir()
-    for name in (".profile", "slurm-1.out", "job.yaml", "report.html", "steps-00000.parquet"):
+    for name in (".profile", "slurm-1.out", "job.yaml", "report.html"):
         (out / name).touch()
     job = scripted_job(rows, out)
     assert not plan(job).notes
