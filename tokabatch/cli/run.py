@@ -17,7 +17,7 @@ from tokabatch.cli.arguments import JobArgument, OverridesArgument, OverwriteOpt
 from tokabatch.cli.folder import write_batch
 from tokabatch.cli.job import checked_job, seconds_since_start, starting
 from tokabatch.cli.printing import draws_tables, print_message, print_note, print_result
-from tokabatch.cli.signals import stop_after, stop_on_signals
+from tokabatch.cli.signals import stop_on_signals
 from tokabatch.errors import Stopped, UsageError
 from tokabatch.number_text import counted
 from tokabatch.runner.interruption import Interruption
@@ -85,7 +85,7 @@ def run(
     given = [*(overrides or ()), *((f"engine.replicas={replicas}",) if replicas else ())]
     reuse = Reuse(overwrite, retry_errors, repair)
     early = {"shared": shared, "overwrite": overwrite, "retry_errors": retry_errors}
-    with stop_on_signals() as stop, stop_after(deadline), checked_job(job, given, **early) as loaded:
+    with stop_on_signals(deadline=deadline) as stop, checked_job(job, given, **early) as loaded:
         how: dict[str, Any] = {**asdict(reuse), "shared": None}
         if shared:
             reuse.refuse_sharing()

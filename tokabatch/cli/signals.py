@@ -16,11 +16,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextmanager
-def stop_on_signals(doing: str = "committing finished samples, if any") -> Generator[Interruption, None, None]:
+def stop_on_signals(
+    doing: str = "committing finished samples, if any", deadline: float | None = None
+) -> Generator[Interruption, None, None]:
     """Yield the interruption through which Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 request a stop. The first signal only requests
-    it; a second Ctrl-C ends the process. `doing` describes what happens in between."""
+    it; a second Ctrl-C ends the process. `doing` describes what happens in between. After `deadline` seconds this process sends
+    itself SIGUSR1, which interrupts a wait."""
     stop, before = Interruption(), {number: signal.getsignal(number) for number in _SIGNALS}
     seen: list[int] = []
+    reached: list[float] = []
 
     def ask(number: int, frame: object) -> None:
         if number == signal.SIGINT and number in seen:
@@ -28,6 +32,8 @@ def stop_on_signals(doing: str = "committing finished samples, if any") -> Gener
             os._exit(EXIT_INTERRUPTED)
         if number not in seen:
             how = "; Ctrl-C again to stop at once" if number == signal.SIGINT else f" ({signal.Signals(number).name})"
+            if number == signal.SIGUSR1 and reached:
+                how = f" (--deadline {reached[0]:g} is reached)"
             # On a terminal behind a display's last line, and with lines below for what the display will draw over.
             before, after = ("\n", "\n\n") if os.isatty(2) else ("", "")
             _say(f"{before}stopping: {doing}{how}\n{after}")
@@ -40,26 +46,21 @@ def stop_on_signals(doing: str = "committing finished samples, if any") -> Gener
         ours = []
     for number in ours:
         signal.signal(number, ask)
+
+    def reach(seconds: float) -> None:
+        reached.append(seconds)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    timer = threading.Timer(deadline or 0.0, reach, (deadline,))
+    timer.daemon = True
+    if deadline is not None:
+        timer.start()
     try:
         yield stop
     finally:
+        timer.cancel()
         for number in ours:
             signal.signal(number, before[number])
-
-
-@contextmanager
-def stop_after(seconds: float | None) -> Generator[None]:
-    """Request a stop after this many seconds, by a signal, which interrupts a wait."""
-    if seconds is None:
-        yield
-        return
-    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _say(text: str) -> None:
