@@ -109,6 +109,16 @@ def test_uuids_and_whole_decimals_are_ids(tmp_path: Path, ingest_job: Ingest) ->
     assert store.ids(np.arange(2)).to_pylist() == ["1" + "0" * 30, None] and store.errors[1].code == "bad_type"
 
 
+def test_whole_floats_are_ids_as_pandas_writes_them_beside_a_missing_one(tmp_path: Path, ingest_job: Ingest) -> None:
+    ids = pa.array([7.0, -8.0, float("nan"), None, 2.0**53], pa.float64())
+    pq.write_table(pa.table({"prompt": ["x"] * 5, "key": ids}), tmp_path / "rows.parquet")
+    store = ingest_job(tmp_path / "rows.parquet", input={"id_column": "key"})
+    assert store.ids(np.arange(5)).to_pylist() == ["7", "-8", None, None, None]
+    assert {row: error.code for row, error in store.errors.items()} == {2: "missing_field", 3: "missing_field", 4: "bad_type"}
+    for row in (2, 3):
+        assert "remove input.id_column to number the rows" in store.errors[row].message
+
+
 def test_ids_of_other_types_are_faults(write_rows: Write, ingest_job: Ingest) -> None:
     store = ingest_job(write_rows(*({"prompt": "x", "key": key} for key in (1.5, True, [1], "a"))), input={"id_column": "key"})
     assert [store.errors[row].code for row in range(3)] == ["bad_type"] * 3

@@ -1,7 +1,8 @@
 """What identifies a row in the output: the value of `input.id_column`, or the row number.
 
-Ids are always strings: whole numbers, also of decimal type, in decimal, UUIDs in hexadecimal with dashes. They must be present
-and unique. Both are checked with an 8-byte digest for each row; where digests collide, the ids themselves are compared.
+Ids are always strings: whole numbers, also of decimal and floating-point types, in decimal, UUIDs in hexadecimal with dashes.
+They must be present and unique. Both are checked with an 8-byte digest for each row; where digests collide, the ids themselves
+are compared.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import Decimal
 from hashlib import blake2b
+from math import isnan
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -25,6 +27,8 @@ from tokabatch.input.store.disk_arrays import ArraySpool, Texts, TextSpool
 
 NULL = b"\xff"  # no UTF-8 text
 LISTED = 10
+_EXACT = 2**53
+"""From here on, several whole numbers are the same float."""
 
 
 class IdSpool:
@@ -85,12 +89,21 @@ def row_id(row: Row, column: str) -> str | RowError:
         return row.error or RowError("missing_field", "the row could not be read")
     value: Any = row.columns.get(column)
     if value is None:
-        return row.error or missing_field(column, row.columns)
+        return row.error or _without_id(missing_field(column, row.columns))
+    if isinstance(value, float) and isnan(value):
+        return row.error or _without_id(RowError("missing_field", f"the column {column!r} is NaN in this row"))
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        # As which pandas keeps whole numbers where one is missing.
+        value = int(value)
     if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int | UUID):
         return RowError("bad_type", f"the id in column {column!r} must be text or a whole number, not {kind_of(value)}")
     return str(value)
+
+
+def _without_id(error: RowError) -> RowError:
+    return RowError(error.code, f"{error.message}; give each row an id, or remove input.id_column to number the rows")
 
 
 def read_ids(texts: Texts | None, rows: Int64) -> pa.Array[Any]:
