@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from tokabatch.output.manifest import Manifest, Versions, mark_success, write_ma
 from tokabatch.output.schema import CORRECT
 from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.output.status import Pace, read_pace, read_status
+from tokabatch.report.folder_state import next_section, status_sections
 
 SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), CORRECT])
 MANIFEST = Manifest(
@@ -106,6 +107,13 @@ def test_a_run_that_is_not_verified(tmp_path: Path) -> None:
     status = read_status(tmp_path / "out")
     assert (status.state, status.rows, status.samples, status.pending) == ("incomplete", None, None, None)
     assert (status.ok, status.correct) == (1, None)
+    # Its manifest may have been lost after its end.
+    (tmp_path / "out" / "_SUCCESS").write_text('{"samples": 1, "ok": 1, "errors": 0, "files": []}')
+    status = read_status(tmp_path / "out")
+    assert status.state == "incomplete"
+    shown = str(status_sections({"state": status.state, **asdict(status)}))
+    assert "manifest.json, without which it is unknown which job these samples belong to" in shown
+    assert "manifest.json from a copy" in str(next_section(tmp_path / "out", {**asdict(status), "pending": None}))
 
 
 def test_looking_does_not_disturb(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def _status(folder: OutputFolder) -> tuple[Status, tuple[ListedFile, ...]]:
             unjudged = (unjudged or 0) + count_unjudged(table)
             failed = (failed or 0) + count_without_verdict(table)
     state: State = "incomplete"
-    if is_there(folder.files, folder.success):
+    if manifest is not None and is_there(folder.files, folder.success):
         state = "complete"
     elif running:
         state = "running"

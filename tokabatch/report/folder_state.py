@@ -34,6 +34,10 @@ def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] 
             text += f", {(value - values['pending']) * 1000 // value / 10}% done"
         label, meaning = _EXPLAINED.get(name, (_LABELS.get(name, name), ""))
         rows.append((label.replace("_", " "), f"{text}{meaning}"))
+    if values.get("samples") is None and values.get("state") == "incomplete":
+        rows.append(
+            ("missing", "manifest.json, without which it is unknown which job these samples belong to, and how many it has")
+        )
     return (Section("Status", (*rows, *_pace(pace or {}))),)
 
 
@@ -42,6 +46,9 @@ def next_section(out: Path, values: Mapping[str, Any]) -> tuple[Section, ...]:
     folder, rows = quote(str(out)), [row for section in what_is_left(out, values) for row in section.rows]
     if values["state"] == "running":
         rows = [(f"watch -n 10 tokabatch status {folder}", "shows this every 10 seconds")]
+    if values["state"] == "incomplete" and values["pending"] is None:
+        rows.append((f"restore {quote(str(out / 'manifest.json'))} from a copy", "then the run can be continued"))
+        rows.append((f"tokabatch export {folder} --to samples.jsonl", "the samples that are there in one file"))
     if values["errors"]:
         rows.append((f"tokabatch errors {folder}", "lists the error rows"))
     if values["state"] == "complete" and values["ok"]:
