@@ -46,3 +46,8 @@ def seconds_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def samples_so_far(done: int, samples: int) -> str:
+    """Return `42 of 8,000 samples so far`."""
+    return f"{count_text(done)} of {counted(samples, 'sample')} so far"

@@ -628,6 +628,8 @@ assert not {{"torch", "transformers", "tokenizers"}} & sys.modules.keys()
         committed = sum(pq.read_metadata(shard).num_rows for shard in out.glob("data/part-*.parquet"))
         assert f" = {committed:,} ok" in stdout and committed > 0
         assert not (out / "_SUCCESS").exists()
+        done = tokabatch("export", out, "--to", tmp_path / "partial.jsonl", "--where", "correct")
+        assert done.returncode == 0 and f"incomplete: {committed:,} of 24,000 samples so far; short samples" in done.stderr
 
 
 def in_terminal(*arguments: str | Path, **changes: str) -> str:

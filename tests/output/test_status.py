@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from support.shards import write_rows
 
+from tokabatch.cli import folder as commands
 from tokabatch.errors import OutputError
 from tokabatch.input.fingerprint import Fingerprint
 from tokabatch.output.claim import Claim
@@ -114,6 +115,25 @@ def test_a_run_that_is_not_verified(tmp_path: Path) -> None:
     shown = str(status_sections({"state": status.state, **asdict(status)}))
     assert "manifest.json, without which it is unknown which job these samples belong to" in shown
     assert "manifest.json from a copy" in str(next_section(tmp_path / "out", {**asdict(status), "pending": None}))
+
+
+def test_the_page_of_a_part_of_a_run_is_said_to_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tokabatch.report.review.write_report", lambda out, to: out / "report.html")
+    out = tmp_path / "out"
+    with Claim(out) as claim:
+        claim.begin("", {}, (), "")
+        write_manifest(claim, MANIFEST, {})
+        writer = ShardWriter(claim, SCHEMA, rows_per_shard=9, flush_seconds=1e9)
+        write_rows(writer, samples(*((0, "ok", True),) * 2))
+        writer.close()
+        commands.report(out)
+        assert "incomplete: 2 of 6 samples so far; short samples finish first" in capsys.readouterr().err
+        write_rows(writer, samples(*((1, "ok", True),) * 4))
+        assert mark_success(claim, writer.close(), 6).closed
+    commands.report(out)
+    assert capsys.readouterr().err == ""
 
 
 def test_looking_does_not_disturb(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from tokabatch.cli.arguments import OutArgument
-from tokabatch.cli.printing import READER_ENDED, draws_tables, print_note, print_result
+from tokabatch.cli.printing import READER_ENDED, draws_tables, print_message, print_note, print_result
 from tokabatch.cli.signals import stop_on_signals
 from tokabatch.errors import EXIT_ERRORS, JobError, OutputError, Stopped, UsageError
 from tokabatch.number_text import counted
@@ -95,13 +95,14 @@ def report(
     if to is not None and to.suffix.lower() not in (".html", ".htm"):
         named = to.with_suffix(".html") if to.name.strip(".") else to / "report.html"
         raise UsageError(f"--to {to}: the page is HTML; name {named} (a browser prints it as PDF)")
-    read_state(out)
+    found = read_state(out)
     if to is not None:
         place = import_module("tokabatch.output.export_target")
         place.check_target(place.OutputFolder(out), to, (to.suffix,))
     # It tells of caches that it cannot write in the home of a container's user.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     print_result(str(import_module("tokabatch.report.review").write_report(out, to)))
+    _note_incomplete(found.committed, found.samples)
 
 
 def check(out: OutArgument) -> None:
@@ -174,6 +175,8 @@ def score(
     where = f"in {counted(scored.files, 'file')}" if to is None else f"into {to}"
     right = "" if to is None else f", {scored.right:,} right ({scored.right / max(1, scored.judged):.1%})"
     print_note(f"{out}: {counted(scored.judged, 'sample')} judged {where}{right}")
+    if to is not None:
+        _note_incomplete(scored.done, scored.samples)
     for reason, number in scored.reasons.most_common(3):
         print_note(f"no verdict for {counted(number, 'sample')}, counted as wrong: {reason}")
     if to is None:
@@ -284,11 +287,17 @@ def export(
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
+    _note_incomplete(exported.done, exported.planned)
     if str(to) != "-":
         samples, rows = counted(exported.samples, "sample"), counted(exported.rows, "row")
         print_note(f"{to}: {samples} of {rows}, {counted(exported.bytes, 'byte')}")
     elif (fault := first_fault(sys.stdout)) is not None:
         raise UsageError(f"standard output cannot be written: {fault.strerror}")
+
+
+def _note_incomplete(done: int, samples: int | None) -> None:
+    if (note := import_module("tokabatch.report.folder_state").incomplete_note(done, samples)) is not None:
+        print_message(note)
 
 
 def write_batch(out: Path, to: Path, errors: Path | None) -> str:

@@ -65,11 +65,14 @@ class Selection:
 
 @dataclass(slots=True)
 class Exported:
-    """What was written: `rows` of the input with `samples` in total, in `bytes`."""
+    """What was written: `rows` of the input with `samples` in total, in `bytes`. `done` of the run's `planned` samples were
+    there, whichever were selected; how many are planned is unknown without a manifest."""
 
     rows: int = 0
     samples: int = 0
     bytes: int = 0
+    done: int = 0
+    planned: int | None = None
 
 
 def export(
@@ -116,7 +119,8 @@ def _export(
     needed = None if selection.columns is None else (*_KEYS, "status", CORRECT.name, *selection.columns)
     place = target.absolute().parent if isinstance(target, Path) else Path(tempfile.gettempdir())
     with open_ordered(shards, place, needed, whole_rows=selection.nested) as (schema, ordered, scratch):
-        exported = Exported()
+        manifest = read_manifest(folder)
+        exported = Exported(done=sum(map(_num_rows, shards)), planned=manifest and manifest.samples)
         tables = _shaped(ordered, selection, exported)
         shaped = next(_shaped(iter([schema.empty_table()]), selection, Exported())).schema
         restore = partial(parse_json_texts, schema=schema, names=input_names(schema))
@@ -215,6 +219,11 @@ def _check_shards(folder: OutputFolder, shards: Sequence[ListedFile], selection:
         )
     if selection.nested and _SAMPLES in names and (selection.columns is None or _SAMPLES in selection.columns):
         raise OutputError(f"the input has a column named {_SAMPLES!r}, which --nested uses itself; export without it")
+
+
+def _num_rows(shard: ListedFile) -> int:
+    with open_shard(shard) as file:
+        return file.metadata.num_rows
 
 
 def _schema(shard: ListedFile) -> pa.Schema:

@@ -7,7 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from tokabatch.number_text import count_text, counted, seconds_text
+from tokabatch.number_text import count_text, counted, samples_so_far, seconds_text
 from tokabatch.report.sections import Section
 
 _LABELS = {"correct": "right", "shards": "files"}
@@ -70,6 +70,14 @@ def what_is_left(out: Path, values: Mapping[str, Any]) -> tuple[Section, ...]:
     # Stopped was a run, or a score that had judged the other samples.
     same = "the same `tokabatch run` again" if values.get("pending") else "the same command again (`tokabatch run` or `score`)"
     return (Section("Next", ((same, does),)),) if does else ()
+
+
+def incomplete_note(done: int, samples: int | None) -> str | None:
+    """What is said beside an export, a page or verdicts of `done` samples of so many; None of a run that has them all, or whose
+    number of samples is not known."""
+    if samples is None or done >= samples:
+        return None
+    return f"incomplete: {samples_so_far(done, samples)}; short samples finish first, so the missing ones will be longer"
 
 
 def share_sections(shares: Mapping[str, Any]) -> tuple[Section, ...]:

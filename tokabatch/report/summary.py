@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tokabatch.number_text import count_text, counted, seconds_text, share_text
+from tokabatch.number_text import count_text, counted, samples_so_far, seconds_text, share_text
 from tokabatch.report.sections import Section
 from tokabatch.scoring.estimates import Estimate, distinct, right_from
 
@@ -276,7 +276,7 @@ def verdict_sections(
         rows += [("right", right)] if (right := right_from(estimates)) else []
         rows += [("estimated", estimator)] if estimator else []
     if samples is not None and done < samples:
-        rows = [("no estimate", f"{count_text(done)} of {counted(samples, 'sample')} so far; {_PARTIAL}")]
+        rows = [("no estimate", f"{samples_so_far(done, samples)}; {_PARTIAL}")]
     elif unjudged:
         rows = [("no estimate", f"{counted(unjudged, 'sample')} still to be judged")]
     return (Section("Verified", tuple(rows)),)
