@@ -133,12 +133,14 @@ def refuse_early(
     of_job = whole and SAMPLING_PARAMS not in names and job.input.format != "openai" and job.mode == "generate"
     output = 1 if not of_job else generation.max_tokens if generation.max_tokens != "context" else spec.context_length - 1
     refuse_small_cache(job.engine, least_pages(1 + output, job.engine.page_size))
-    earlier = None if overwrite else find_run(OutputFolder(Path(job.output.path)), retry_errors=retry_errors)
+    how = {"retry_errors": retry_errors, "replaceable": not shared}
+    earlier = None if overwrite else find_run(OutputFolder(Path(job.output.path)), **how)
     if earlier is not None:
         # The weights, which take long to read, are compared where they are opened.
         marks = {file.name: file.mark for file in known_files(folder, tokenizer, weights=False)}
         dtype = None if job.model.dtype == "auto" else job.model.dtype
         earlier.compare(describe(job, generation, marks, dtype=dtype))
+        earlier = None if earlier.worthless else earlier
     if earlier is not None and job.input.limit is not None and job.input.format != "openai":
         earlier.compare_limit(job.input.limit)
     if earlier is not None and names and SAMPLING_PARAMS not in names:

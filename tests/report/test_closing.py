@@ -139,3 +139,5 @@ def test_errors_that_the_input_causes_are_run_again_once_it_is_corrected() -> No
     for text, corrected in ((advice(bad_json=1, missing_field=9), True), (advice(bad_json=1, nan_logits=1), False)):
         (line,) = (line for line in text.splitlines() if "--retry-errors" in line)
         assert line.endswith("  once the input is right" if corrected else "  runs them again")
+    none_ok = closing.next_steps(OUT, replace(SUMMARY, ok=0, errors=400, error_counts=(("template_error", 400),)))
+    assert "once the job is right: starts over" in none_ok and "once the job is right" not in advice(template_error=9)

@@ -781,6 +781,26 @@ def test_samples_without_a_manifest_belong_to_no_run(go, model, rows, tmp_path):
     assert go(overwrite=True).exit_code == 0
 
 
+@pytest.mark.parametrize("retry_errors", [False, True])
+def test_a_run_of_error_rows_alone_gives_way_to_a_corrected_job(retry_errors, model, rows, go, tmp_path):
+    fault = {"template": "{{ question.no_such_field }}"}
+    assert go(prompt=fault).ok == 0
+    corrected = job(model, rows, tmp_path / "out")
+    refuse_early(corrected, retry_errors=retry_errors)
+    with pytest.raises(OutputError, match="holds the run of another job"):
+        refuse_early(corrected, shared=True)
+    planned = plan(corrected)
+    assert "holds only error rows, of a job that differs (prompt.template: " in planned.notes[-1]
+    told = Messages()
+    summary = go(progress=told, retry_errors=retry_errors)
+    assert (summary.ok, summary.errors, summary.exit_code) == (len(ROWS) * N, 0, 0)
+    assert any("holds only error rows, of a job that differs" in text for text in told.texts)
+    assert check(tmp_path / "out").exit_code == 0
+    # One good sample is worth keeping.
+    with pytest.raises(OutputError, match="holds the run of another job"):
+        go(prompt=fault)
+
+
 def test_a_copied_shard_is_found(go, tmp_path):
     go(steps=20)
     shard = tmp_path / "out" / "data" / "part-00000.parquet"

@@ -22,6 +22,7 @@ from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.number_text import counted, first_counted
 from tokabatch.output.existing_results import read_committed, sampled_rows
 from tokabatch.output.folder import OutputFolder
+from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import Manifest, Versions, read_manifest, versions_here
 from tokabatch.output.remedy import quote
 from tokabatch.storage.listing import consistently
@@ -30,23 +31,45 @@ from tokabatch.storage.listing import consistently
 @dataclass
 class EarlierRun:
     """`versions` are those of this process. With `retry_errors`, rows without a good sample may differ, whether or not they
-    have error samples; without it, rows that have only error samples."""
+    have error samples; without it, rows that have only error samples. With `replaceable`, a run that has only error rows may be
+    of another job: it is `worthless` then, and to be deleted."""
 
     folder: OutputFolder
     manifest: Manifest
     versions: Versions
     retry_errors: bool
+    replaceable: bool = False
     repaired: int = 0
     """Error rows that have been replaced, set once `compare` has seen the rows."""
+    worthless: str = ""
+    """What differs from the job, where that is no obstacle; set by `compare`."""
 
     def compare(self, now: Fingerprint, digests: RowDigests | None = None, places: RowPlaces = NO_PLACES) -> None:
         """Raise OutputError showing what differs between that run and the job; `digests` are given once the rows are read, with
         their `places`."""
         differences = changed_settings(self.manifest.fingerprint, now)
+        if differences and self._has_only_errors():
+            self.worthless = "; ".join(differences)
+            return
         if differences:
             self._refuse(differences, now)
         if digests is not None:
             self._compare_rows(now, digests, places)
+
+    def _has_only_errors(self) -> bool:
+        """Return whether nothing is lost with this run: it may be deleted, and its shards, none of which is missing, have error
+        rows and no good sample."""
+        if not self.replaceable:
+            return False
+        with suppress(OutputError):
+            shards = consistently(lambda: recorded_shards(self.folder, self.manifest), self.folder.path)
+            good, bad = consistently(lambda: sampled_rows(self.folder, self.manifest.rows), self.folder.path)
+            return bool(shards) and bool(bad.any()) and not good.any()
+        return False
+
+    def describe_worthless(self) -> tuple[str, ...]:
+        """Return a note that this run is deleted, and why."""
+        return (f"{self.folder.path} holds only error rows, of a job that differs ({self.worthless}): the run starts over",)
 
     def compare_n(self, n: int) -> None:
         """Raise OutputError if the folder holds samples beyond the first `n` of a row, for a job of which no row has a number
@@ -124,7 +147,7 @@ class EarlierRun:
         )
 
 
-def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun | None:
+def find_run(folder: OutputFolder, *, retry_errors: bool = False, replaceable: bool = False) -> EarlierRun | None:
     """Return the run in the folder, None if there is none. Raises OutputError if there are samples of which no manifest says
     whose they are."""
     manifest = read_manifest(folder)
@@ -134,7 +157,7 @@ def find_run(folder: OutputFolder, *, retry_errors: bool = False) -> EarlierRun 
             "manifest.json, so it is unknown which job they belong to. Choose another output.path, or start over with "
             "--overwrite."
         )
-    return EarlierRun(folder, manifest, versions_here(), retry_errors) if manifest else None
+    return EarlierRun(folder, manifest, versions_here(), retry_errors, replaceable) if manifest else None
 
 
 def _first(marked: Bool) -> int:

@@ -121,6 +121,8 @@ def next_steps(out: Path, summary: RunSummary) -> str:
         rows.append((f"tokabatch errors {folder}", "lists the error rows"))
         if not summary.pending:
             permanent = summary.error_counts and all(_is_of_input(code) for code, _ in summary.error_counts)
+            if permanent and not summary.ok:
+                rows.append(("the same command", "once the job is right: starts over"))
             does = "once the input is right" if permanent else "runs them again"
             rows.append(("the same command with --retry-errors", does))
     if summary.no_verdict and summary.stops_rows:

@@ -105,11 +105,14 @@ def start(
     reuse: Reuse,
     tell: Callable[[str], None],
     reading: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    *,
+    replaceable: bool = True,
 ) -> Start:
     """Prepare the job and claim its output folder, whose manifest then describes the run. Raises UsageError; `tell` receives a
-    sentence for the user if the folder holds results; `reading` is entered while the folder is unchanged."""
+    sentence for the user if the folder holds results; `reading` is entered while the folder is unchanged. If `replaceable`, the
+    run of another job that has only error rows is deleted."""
     folder = claim.folder
-    earlier = None if reuse.overwrite else find_run(folder, retry_errors=reuse.retry_errors)
+    earlier = None if reuse.overwrite else find_run(folder, retry_errors=reuse.retry_errors, replaceable=replaceable)
     clock = earlier.manifest.started if earlier else datetime.now().astimezone().isoformat(timespec="seconds")
     scratch = folder.temporary / "input"
     with reading_input(folder.path), reading():
@@ -120,7 +123,12 @@ def start(
         if earlier is None and not reuse.overwrite:
             workload = workload.with_notes(describe_others(folder))
     try:
-        if earlier is not None and found is not None:
+        if earlier is not None and earlier.worthless:
+            workload = workload.with_notes(earlier.describe_worthless())
+            claim.discard()
+            _write_start(job, claim, workload, describe_run(job, workload, clock), ())
+            started = Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)
+        elif earlier is not None and found is not None:
             manifest = describe_run(job, workload, clock, earlier.manifest, found.run)
             started = _continue(job, claim, workload, manifest, earlier, found, reuse, tell, on_rows)
         else:
@@ -231,7 +239,7 @@ def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gp
     """Do the same for a plan: read what is there, change nothing, need no weights. Raises the same refusals, except for those
     of the device, and of the dtype that follows it, if the plan is for a GPU that is not in this machine."""
     folder = OutputFolder(Path(job.output.path))
-    earlier = find_run(folder)
+    earlier = find_run(folder, replaceable=True)
     clock = earlier.manifest.started if earlier else ""
     elsewhere = absent_gpu and job.model.dtype == "auto"
 
@@ -243,6 +251,9 @@ def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gp
     workload = prepare(job, scratch, on_rows, weights=False, compare=compare, clock=clock, absent_gpu=absent_gpu, begun=begun)
     if earlier is None:
         workload = workload.with_notes(describe_others(folder))
+        return Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)
+    if earlier.worthless:
+        workload = workload.with_notes(earlier.describe_worthless())
         return Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)
     found = consistently(lambda: inspect(folder, earlier.manifest), folder.path)
     refuse_faults(folder, earlier.manifest, found)

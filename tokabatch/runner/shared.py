@@ -111,7 +111,7 @@ def cut_earlier_run(job: Job, shared: Shared, on_rows: OnRows, tell: Callable[[s
 def _cut_run(job: Job, claim: Claim, shared: Shared, on_rows: OnRows, tell: Callable[[str], None]) -> None:
     """Divide the run into units, if anything is left to do, and name them in the manifest. When it returns, no file of the
     folder is mapped."""
-    started = start(job, claim, on_rows, Reuse(), tell)
+    started = start(job, claim, on_rows, Reuse(), tell, replaceable=False)
     found = read_manifest(claim.folder)
     if found is not None and started.has_more:
         units = _cut(started.workload, shared.units)
