@@ -123,6 +123,9 @@ class TestRunSummary:
         shown = facts(run_sections(empty))
         assert shown["samples"] == "12 = 2 ok + 0 errors + 4 cancelled + 6 pending"
         assert "committed" in shown["result"]
+        assert "stopped before the end" in shown["result"]
+        unmarked = facts(run_sections(replace(empty, ok=8)))
+        assert unmarked["result"].startswith("every sample is committed, but the run is not marked as complete")
         assert "pass@1" not in shown and empty.this_start["output_tokens_per_second"] == 0
 
     def test_to_dict_is_json(self) -> None:

@@ -133,6 +133,22 @@ def test_a_system_that_refuses_keeps_the_small_shards(call, error, rows, tmp_pat
     assert check(out).exit_code == 4, "the record names the small ones again"
 
 
+def test_a_disk_that_is_full_while_shards_are_joined_ends_a_complete_run(rows, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert start(rows, out, 40)[0] == 130
+    for _ in range(3):
+        start(rows, out, 9)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DurableFiles, "exchange", full)
+    monkeypatch.setattr(joining, "record_commit", full)
+    code, told = start(rows, out)
+    assert code == 0 and any("every sample is committed and the run is complete" in text for text in told.texts), told.texts
+    assert check_success(out) == 2 * ROWS and check(out).exit_code == 0
+
+
 def test_a_stop_while_shards_are_joined_leaves_them_and_a_complete_run(rows, tmp_path, monkeypatch):
     out, stopping = tmp_path / "out", []
     leave_small_shards(rows, out, 3)

@@ -205,6 +205,8 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
         result = f"complete, but with {found}, more than errors.max_fraction allows; raise it to accept them"
     if summary.exit_code == 3 and not summary.ok:
         result = "no row could be completed; see the error rows below"
+    if summary.exit_code == 75 and not summary.pending:
+        result = "every sample is committed, but the run is not marked as complete; run it again to complete it"
     if summary.exit_code == 0 and summary.pending:
         result = "this process has nothing left to compute; other processes of the run (--shared) compute the pending samples"
     elif summary.no_verdict:

@@ -175,10 +175,15 @@ def _run_in_folder(
         except CommitError as error:
             tell(str(error))
             replica.stop()
-            with suppress(TokabatchError):
-                recorder.finish(lambda: False)
-            exit_code, tally = EXIT_STOPPED, _tally(state, claim)
-            stalled = tally.ok + tally.errors + tally.cancelled == started.committed.samples
+            exit_code = EXIT_STOPPED
+            with suppress(OSError, TokabatchError):
+                shards = recorder.finish(lambda: False)
+                # Where only joining small files took more room than there was, the run is complete without it.
+                if supply is None and (books := mark_success(claim, shards, started.left.samples_total)).closed:
+                    exit_code, complete = _exit_code(books, job.errors.max_fraction, 0, None), True
+                    tell("every sample is committed and the run is complete; small files may be left that are not joined")
+            tally = _tally(state, claim)
+            stalled = not complete and tally.ok + tally.errors + tally.cancelled == started.committed.samples
             if stalled and before.get("stalled"):
                 exit_code = EXIT_STALLED
                 tell("the previous start committed nothing either: fix the cause before you start it again")
