@@ -12,7 +12,7 @@ import pytest
 from report.test_summary import SUMMARY
 from support.scripted_run import scripted_run
 
-from tokabatch.errors import DamageError
+from tokabatch.errors import DamageError, OutputError
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, Kind
 from tokabatch.report import closing
 from tokabatch.report.review import write_report
@@ -56,6 +56,19 @@ def test_what_a_judge_found_is_shown_beside_its_verdict(verify: dict[str, Any], 
     (sample, judged) = section.rows
     assert sample[0].endswith(", wrong") and judged[0] == "judged" and re.fullmatch(said, judged[1]), section
     assert f"; {judged[1]}</small>" in write_report(out).read_text()
+
+
+def test_a_page_of_the_users_own_is_kept(tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text('{"question": "How many?"}\n')
+    scripted_run(rows, out)
+    page = write_report(out)
+    assert write_report(out) == page
+    page.write_text("<html>mine")
+    with pytest.raises(OutputError, match=r"report\.html is not a page that this command wrote.*--to"):
+        write_report(out)
+    assert page.read_text() == "<html>mine"
+    assert write_report(out, page) == page and page.read_text() != "<html>mine"
 
 
 def test_an_unfolded_sample_shows_all_that_its_judge_says(tmp_path: Path) -> None:

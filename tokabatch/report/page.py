@@ -26,6 +26,8 @@ from tokabatch.scoring.estimates import Estimate, distinct
 
 _CHARACTERS, _FOLDED, _BEGINNING = 4000, 700, 200
 """The most characters that are shown of a text, of a prompt without folding it, and of a sample that is folded."""
+PAGE_START = "<!doctype html><html lang=en><meta charset=utf-8>"
+"""How each page begins, of earlier versions, too."""
 _SHORT = ("Prompt tokens", "Predicted and actual")
 """Figures that half of the height is enough for."""
 _SAID, _JUDGED = 100, ("extracted", "expected", "verify_score")
@@ -111,7 +113,7 @@ def render_page(run: RunRecord) -> str:
     # Four side by side in rows of three would leave one alone.
     least = "26rem" if len(cells) == 4 else "21rem"
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"{PAGE_START}<meta name=viewport content='width=device-width'>"
         f"<title>tokabatch report: {escape(run.path)}</title><style>{CSS}</style>"
         f"<h1><small>tokabatch report</small>{escape(run.path)}</h1>"
         f"<p class=sub>model {escape(run.model)}, {escape(_state(run))}{escape(_started(run))}</p>"

@@ -24,11 +24,11 @@ from tokabatch.output.shards import read_groups
 from tokabatch.output.status import read_details
 from tokabatch.output.steps import read_steps
 from tokabatch.report.closing import PER_CODE
-from tokabatch.report.page import PerToken, RunRecord, render_page
+from tokabatch.report.page import PAGE_START, PerToken, RunRecord, render_page
 from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.scoring.estimates import Estimate, right_from
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
-from tokabatch.storage.listing import consistently
+from tokabatch.storage.listing import consistently, read_bytes
 
 _SAMPLES = 5
 """Of each kind: right, wrong, longest."""
@@ -37,9 +37,13 @@ _DTYPES = {8: "(64-bit numbers)", 4: "(32-bit numbers)", 2: "(16-bit numbers)"}
 
 def write_report(out: Path, target: Path | None = None) -> Path:
     """Write the page (OUT/report.html unless `target` says otherwise) and return where it is. Raises OutputError for a folder
-    that no run has written to."""
+    that no run has written to, and where OUT/report.html is not a page of this command, unless it is given as `target`."""
+    if target is None:
+        target = out / "report.html"
+        content = read_bytes(DurableFiles(), target)
+        if content is not None and not content.startswith(PAGE_START.encode()):
+            raise OutputError(f"{target} is not a page that this command wrote, and is kept; give another file with --to")
     record = read_record(out)
-    target = target or out / "report.html"
     # The folder's name need not be text.
     page = render_page(record).encode(errors="backslashreplace")
     try:
