@@ -132,11 +132,11 @@ MISTAKES = [
     (("run", Q, "num_fewshot=5"), r"did you mean `prompt\.few_shot\.k=5`\?"),
     (
         ("batch", "requests.jsonl", "--model", "jobs/quickstart", "--to", "taken.jsonl"),
-        r"error: the run's folder 'taken\.jsonl\.run' holds 1 file\(s\) that no run wrote .*\. Choose another --to, or move",
+        r"error: the run's folder 'taken\.jsonl\.run' holds 1 file that no run wrote .*\. Choose another --to, or move",
     ),
     (
         ("batch", "requests.jsonl", "--model", "jobs/quickstart", "--to", "r.jsonl", "output.path=foreign"),
-        r"output\.path 'foreign' holds 1 file\(s\) .*\. Choose another output\.path, or move",
+        r"output\.path 'foreign' holds 1 file .*\. Choose another output\.path, or move",
     ),
     (("batch", "--input", "rows.jsonl", "--model", "m"), "no option --input; the file to read is named without an option"),
     (("batch", "rows.jsonl", "--model", "m", "--output", "o"), "no option --output; the file to write is named by --to"),
@@ -377,7 +377,7 @@ MISTAKES = [
     (("run", Q, "model.tokenizer=packed"), r"holds tokenizer\.model, but no tokenizer\.json; .*, or install sentencepiece or"),
     (
         ("run", Q, "output.path=foreign"),
-        "no run wrote .*Choose another output.path, or move them away",
+        "no run wrote .*Choose another output.path, or move it away",
     ),
     (("run", Q, "verify.kind=./judge_without.py"), r"has no function `verify\(text, row\)`; add one"),
     (("run", Q, "verify.kind=./judge_named.py"), r"add one, or name another: \./judge_named\.py:grade\."),

@@ -227,7 +227,7 @@ class Claim:
         self.files.sync_folder(self.folder.data)
         steps = [file.path for file in self.folder.steps()]
         # The record of commits before the manifest: samples are of the run that the manifest names, or there are none.
-        for path in (*steps, self.folder.commits, self.folder.row_digests, self.folder.manifest, self.folder.job):
+        for path in (*steps, self.folder.commits, self.folder.row_digests, self.folder.job, self.folder.manifest):
             if is_there(self.files, path):
                 self.files.remove(path)
         self.files.remove_tree(self.folder.units)

@@ -83,11 +83,11 @@ class OutputFolder:
 
     def steps(self) -> tuple[ListedFile, ...]:
         """List the records of steps, in the order of the starts."""
-        return tuple(file for file in list_files(self.files, self.path) if _STEPS_NAME.fullmatch(file.path.name))
+        return list_files(self.files, self.path, _STEPS_NAME.fullmatch)
 
     def journals(self) -> list[Path]:
         """List the journals of several writers."""
-        return [file.path for file in list_files(self.files, self.units) if _JOURNAL_NAME.fullmatch(file.path.name)]
+        return [file.path for file in list_files(self.files, self.units, _JOURNAL_NAME.fullmatch)]
 
     def record(self) -> Record | None:
         """Read the journals; None if there are none. Raises OutputError if one cannot be read."""

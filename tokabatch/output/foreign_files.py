@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
 
 from tokabatch.errors import OutputError
+from tokabatch.number_text import counted
 from tokabatch.output.folder import OutputFolder
-from tokabatch.output.journal import read_record
+from tokabatch.output.journal import Record, begins_record
+from tokabatch.output.plain_json import to_document
 from tokabatch.storage.listing import ListedFile, consistently, is_there, list_files, read_bytes, unreadable
 from tokabatch.storage.parquet_file import ParquetFile
 
@@ -27,6 +30,8 @@ _KEY_TYPES = {"row_index": pa.int64(), "status": pa.string()}
 """Columns of every shard, also of versions that did not name the run."""
 _STEPS, _DIGESTS = frozenset({"seconds", "running"}), frozenset({"content", "prompt"})
 _SHOWN = 5
+_MOST_BYTES = 4 << 20
+"""No run writes larger JSON, except `_SUCCESS`, which names every shard."""
 
 
 def refuse_foreign(folder: OutputFolder, *, overwrite: bool = False) -> None:
@@ -39,9 +44,10 @@ def refuse_foreign(folder: OutputFolder, *, overwrite: bool = False) -> None:
         raise unreadable(folder.path, error) from error
     if foreign:
         names = ", ".join(foreign[:_SHOWN]) + ", …" * (len(foreign) > _SHOWN)
+        number, them = counted(len(foreign), "file"), "it" if len(foreign) == 1 else "them"
         raise OutputError(
-            f"output.path {str(folder.path)!r} holds {len(foreign)} file(s) that no run wrote ({names}), where a run's "
-            "own would be. Choose another output.path, or move them away."
+            f"output.path {str(folder.path)!r} holds {number} that no run wrote ({names}), where a run's own would be. "
+            f"Choose another output.path, or move {them} away."
         )
 
 
@@ -55,32 +61,32 @@ def _foreign(folder: OutputFolder, overwrite: bool) -> list[str]:
     if there is None or not stat.S_ISDIR(there.st_mode):
         return []
     found = [f"{folder.data.name}/{name}" for name in folder.foreign()]
-    has_run = _has_manifest(folder)
+    has_run = has_manifest(folder)
     if not has_run:
-        listed = {file.path: file for file in list_files(folder.files, folder.path)}
         small = (folder.manifest, folder.commits, folder.job, folder.row_digests, folder.summary, folder.success, folder.lock)
-        mine = (*(listed[path] for path in small if path in listed), *folder.steps())
+        names = {path.name for path in small}
+        mine = (*list_files(folder.files, folder.path, names.__contains__), *folder.steps())
         found += [file.path.name for file in mine if not (file.is_file and _is_ours(folder, file))]
         found += [path.name for path in (folder.temporaries, folder.input, folder.units) if _is_foreign_folder(folder, path)]
     if overwrite or not has_run:
-        found += [folder.name_of(file.path) for file in folder.shards() if not _is_shard(folder, file, has_run)]
+        record = cache(folder.record)
+        found += [folder.name_of(file.path) for file in folder.shards() if not _is_shard(folder, file, has_run, record)]
     return found
 
 
-def _has_manifest(folder: OutputFolder) -> bool:
+def has_manifest(folder: OutputFolder) -> bool:
     """Return whether the folder has the manifest of a run, be it damaged."""
     found = folder.files.look(folder.manifest)
-    if found is None or not stat.S_ISREG(found.st_mode):
+    if found is None or not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
         return False
-    content = read_bytes(folder.files, folder.manifest) or b""
     try:
-        return is_manifest(json.loads(content))
-    except ValueError:
+        return is_manifest(json.loads(read_bytes(folder.files, folder.manifest) or b""))
+    except (ValueError, RecursionError):
         return _has_record(folder)
 
 
 def _has_record(folder: OutputFolder) -> bool:
-    return is_there(folder.files, folder.units) or bool((record := read_record(folder.files, folder.commits)) and record.run)
+    return is_there(folder.files, folder.units) or begins_record(folder.files, folder.commits)
 
 
 def _is_ours(folder: OutputFolder, file: ListedFile) -> bool:
@@ -89,20 +95,24 @@ def _is_ours(folder: OutputFolder, file: ListedFile) -> bool:
     if path == folder.lock:
         return not file.bytes
     if path == folder.commits:
-        return bool((record := read_record(folder.files, path)) and record.run)
+        return begins_record(folder.files, path)
     if path.suffix == ".parquet":
         columns = _schema(file)
         return columns is not None and (_DIGESTS if path == folder.row_digests else _STEPS) <= set(columns.names)
-    try:
-        value = json.loads(read_bytes(folder.files, path) or b"")
-    except ValueError:
+    if file.bytes > _MOST_BYTES and path != folder.success:
         return False
-    keys = {
-        folder.job: ("model", "input"),
-        folder.summary: ("exit_code", "samples"),
-        folder.success: ("samples", "ok", "files"),
-    }
-    return path in keys and _has_keys(value, *keys[path])
+    content = read_bytes(folder.files, path) or b""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    if path == folder.manifest:
+        # Another process has published it since it was looked for.
+        return is_manifest(value)
+    if path == folder.job:
+        # A user's own job file has the same keys. A run begins its record before it writes this one.
+        return _has_keys(value, "model", "input") and content == to_document(value) and _has_record(folder)
+    return _has_keys(value, *(("exit_code", "samples") if path == folder.summary else ("samples", "ok", "files")))
 
 
 def _is_foreign_folder(folder: OutputFolder, path: Path) -> bool:
@@ -113,14 +123,13 @@ def _is_foreign_folder(folder: OutputFolder, path: Path) -> bool:
     return not stat.S_ISDIR(found.st_mode) or bool(folder.files.names(path))
 
 
-def _is_shard(folder: OutputFolder, file: ListedFile, has_run: bool) -> bool:
-    """Return whether this file, which has a shard's name, is one, be it damaged."""
+def _is_shard(folder: OutputFolder, file: ListedFile, has_run: bool, read: Callable[[], Record | None]) -> bool:
+    """Return whether this file, which has a shard's name, is one, be it damaged; `read` returns the record of commits."""
     columns = _schema(file) if file.is_file else None
     if columns is not None:
-        return RUN_KEY in (columns.metadata or {}) or all(
-            name in columns.names and columns.field(name).type == kind for name, kind in _KEY_TYPES.items()
-        )
-    record = folder.record()
+        types = [(field.name, field.type) for field in columns if field.name in _KEY_TYPES]
+        return RUN_KEY in (columns.metadata or {}) or (len(types) == len(_KEY_TYPES) and dict(types) == _KEY_TYPES)
+    record = read()
     if record is None or record.problem is not None:
         return has_run
     return folder.name_of(file.path) in record.versions

@@ -28,10 +28,11 @@ from typing import Any
 from tokabatch.errors import CommitError
 from tokabatch.output.plain_json import to_json
 from tokabatch.storage.atomic_files import DurableFiles, NewFile
-from tokabatch.storage.listing import NO_MARK, Changed, ListedFile, Mark, mark_of, read_bytes
+from tokabatch.storage.listing import NO_MARK, Changed, ListedFile, Mark, mark_of, read_bytes, unreadable
 
 VERSION = 1
 _CHECK = b',"crc32":"'
+_LONGEST_FIRST = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,19 @@ class Journal:
         """Close the file. What could not be written stays unwritten: the lines before a commit are on disk already."""
         with suppress(OSError):
             self._file.close()
+
+
+def begins_record(files: DurableFiles, path: Path) -> bool:
+    """Return whether the first line of this file names a run, as that of a journal does. Raises OutputError if it cannot be
+    read."""
+    try:
+        with files.open_old(path) as file:
+            line = file.readline(_LONGEST_FIRST)
+        return line.endswith(b"\n") and bool(_fields(line[:-1])["run"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def read_record(files: DurableFiles, path: Path) -> Record | None:

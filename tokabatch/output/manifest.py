@@ -23,7 +23,7 @@ from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.foreign_files import RUN_KEY, is_manifest
 from tokabatch.output.journal import Shard
-from tokabatch.output.plain_json import to_json
+from tokabatch.output.plain_json import to_document, to_json
 from tokabatch.storage.atomic_files import NewFile, publish
 from tokabatch.storage.listing import is_there, read_bytes
 
@@ -145,7 +145,7 @@ def settings_digest(fingerprint: Fingerprint) -> str:
 def write_manifest(claim: Claim, manifest: Manifest, given: Mapping[str, Any]) -> None:
     """Write OUT/manifest.json, and OUT/job.json with the job as `given`, which runs it again. With several writers, raises
     FileExistsError if there is a manifest."""
-    job, files, folder = _document(given), claim.files, claim.folder
+    job, files, folder = to_document(given), claim.files, claim.folder
     sealed = _sealed(asdict(replace(manifest, job_sha256=hashlib.sha256(job).hexdigest())))
     if files.alone:
         claim.write(folder.job, job, keep=True)
@@ -162,7 +162,7 @@ def write_manifest(claim: Claim, manifest: Manifest, given: Mapping[str, Any]) -
 
 def restore_job(claim: Claim, manifest: Manifest, given: Mapping[str, Any]) -> None:
     """Write OUT/job.json where it is missing and `given` is the job that the manifest names."""
-    job = _document(given)
+    job = to_document(given)
     if not is_there(claim.files, claim.folder.job) and manifest.job_sha256 == hashlib.sha256(job).hexdigest():
         claim.write(claim.folder.job, job)
 
@@ -184,7 +184,7 @@ def read_job(folder: OutputFolder, manifest: Manifest) -> dict[str, Any]:
 
 def write_summary(claim: Claim, summary: Mapping[str, Any]) -> None:
     """Write OUT/summary.json, unless it has this content already."""
-    document = _document(summary)
+    document = to_document(summary)
     if read_bytes(claim.files, claim.folder.summary) != document:
         claim.write(claim.folder.summary, document)
 
@@ -245,17 +245,12 @@ def read_summary(folder: OutputFolder) -> dict[str, Any]:
     return _read(folder, folder.summary, "Run the same command again, which writes it.") or {}
 
 
-def _document(value: Mapping[str, Any]) -> bytes:
-    # A file name need not be text; its other bytes are escaped, as in JSON.
-    return (to_json(value, indent=2) + "\n").encode(errors="backslashreplace")
-
-
 def _sealed(value: Mapping[str, Any]) -> bytes:
-    return _document({**value, _DIGEST: _digest(value)})
+    return to_document({**value, _DIGEST: _digest(value)})
 
 
 def _digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_document(value)).hexdigest()
+    return hashlib.sha256(to_document(value)).hexdigest()
 
 
 def _read(folder: OutputFolder, path: Path, remedy: str) -> dict[str, Any] | None:

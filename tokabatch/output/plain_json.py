@@ -20,6 +20,12 @@ def to_json(value: object, *, indent: int | None = None) -> str:
         return _dump(_finite(value), indent)
 
 
+def to_document(value: object) -> bytes:
+    """Return the content of a JSON file, with indentation and a final line break."""
+    # A file name need not be text; its other bytes are escaped, as in JSON.
+    return (to_json(value, indent=2) + "\n").encode(errors="backslashreplace")
+
+
 def _dump(value: object, indent: int | None) -> str:
     separators = (",", ":") if indent is None else None
     return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain, indent=indent, separators=separators)
