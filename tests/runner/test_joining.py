@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -133,7 +134,8 @@ def test_a_system_that_refuses_keeps_the_small_shards(call, error, rows, tmp_pat
     assert check(out).exit_code == 4, "the record names the small ones again"
 
 
-def test_a_disk_that_is_full_while_shards_are_joined_ends_a_complete_run(rows, tmp_path, monkeypatch):
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_disk_that_is_full_while_shards_are_joined_ends_a_complete_run(swapped, rows, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert start(rows, out, 40)[0] == 130
     for _ in range(3):
@@ -142,8 +144,19 @@ def test_a_disk_that_is_full_while_shards_are_joined_ends_a_complete_run(rows, t
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(DurableFiles, "exchange", full)
-    monkeypatch.setattr(joining, "record_commit", full)
+    real, commits = joining.record_commit, []
+
+    def record_commit(*given: Any) -> None:
+        """Fails once everything is recorded, or at once."""
+        commits.append(given[1].name)
+        if swapped:
+            real(*given)
+        if not swapped or len(commits) == len(files(out)):
+            full()
+
+    if not swapped:
+        monkeypatch.setattr(DurableFiles, "exchange", full)
+    monkeypatch.setattr(joining, "record_commit", record_commit)
     code, told = start(rows, out)
     assert code == 0 and any("every sample is committed and the run is complete" in text for text in told.texts), told.texts
     assert check_success(out) == 2 * ROWS and check(out).exit_code == 0

@@ -177,9 +177,10 @@ def _run_in_folder(
             replica.stop()
             exit_code = EXIT_STOPPED
             with suppress(OSError, TokabatchError):
-                shards = recorder.finish(lambda: False)
-                # Where only joining small files took more room than there was, the run is complete without it.
-                if supply is None and (books := mark_success(claim, shards, started.left.samples_total)).closed:
+                recorder.finish(lambda: False)
+                # Where only joining small files took more room than there was, the run is complete. Some may be joined.
+                shards = () if supply is not None else claimed_shards(claim)
+                if shards and (books := mark_success(claim, shards, started.left.samples_total)).closed:
                     exit_code, complete = _exit_code(books, job.errors.max_fraction, 0, None), True
                     tell("every sample is committed and the run is complete; small files may be left that are not joined")
             tally = _tally(state, claim)
