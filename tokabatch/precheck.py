@@ -37,7 +37,8 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.probe import check_output
 from tokabatch.output.same_job import find_run
 from tokabatch.output.schema import verdict_fields
-from tokabatch.scoring.pool import open_pool, refuse_majority
+from tokabatch.scoring.early_stopping import refuse_majority
+from tokabatch.scoring.pool import open_pool
 
 _DEVICE_FILES = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
 """In /dev, wherever there is a GPU: by drivers of NVIDIA's, on its small boards, on Windows (WSL), by AMD's."""

@@ -28,6 +28,7 @@ from tokabatch.runner import judging, recorder
 from tokabatch.runner.interruption import Interruption
 from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring import pool
+from tokabatch.scoring.judge import Judge, JudgeSpec
 from tokabatch.scoring.judge_process import Request
 
 ROWS = 8
@@ -372,6 +373,15 @@ def test_unknown_options_and_modules_are_refused(rows: Path, tmp_path: Path) -> 
         plan(scripted_job(rows, tmp_path / "out", verify={"kind": str(own), "options": {"lenient": True}}))
     with pytest.raises(JobError, match="ModuleNotFoundError"):
         plan(scripted_job(rows, tmp_path / "out", verify={"kind": "no.such_module:grade"}))
+
+
+def test_a_file_is_compiled_as_python_compiles_it_and_after_every_edit(tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    for number in (1, 2):
+        judge.write_text(f"def verify(text: str, row): return {number}\nassert verify.__annotations__ == {{'text': str}}\n")
+        loaded = Judge(JudgeSpec("judge", str(judge), "verify"))
+        assert [each.score for each in loaded.verdicts(["a"], [{}])] == [number]
+    assert list(tmp_path.iterdir()) == [judge]
 
 
 def test_no_process_is_left_when_a_run_ends(rows: Path, tmp_path: Path) -> None:

@@ -8,17 +8,29 @@ Samples after that number are cancelled, or dropped if they were finished alread
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
 import numpy as np
 
 from tokabatch.arrays import Bool, Float64, Int32, Int64
+from tokabatch.errors import JobError
+from tokabatch.job import VerifyConfig
+from tokabatch.scoring.judge import ANSWER
 from tokabatch.scoring.pass_at_k import estimate
 
 FIRST_WAVE = 4
 GOES_ON = -1
 """In place of the number of samples of a row that has not stopped."""
+
+
+def refuse_majority(verify: VerifyConfig, columns: Collection[str]) -> None:
+    """Raise JobError if rows are to stop once answers agree, and the judge, which has these columns, extracts none."""
+    if verify.stop is not None and verify.stop.majority is not None and ANSWER not in columns:
+        raise JobError(
+            f"verify.stop.majority counts equal answers, and the judge extracts none: its COLUMNS have no {ANSWER!r}. Use one "
+            "that does, such as gsm8k or choice, or verify.stop.after_correct"
+        )
 
 
 @dataclass(frozen=True, slots=True)

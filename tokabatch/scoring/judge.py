@@ -239,7 +239,7 @@ def _load(spec: JudgeSpec) -> ModuleType:
         module = importlib.util.module_from_spec(found)
         sys.modules[path.stem] = module
         # Without a __pycache__, which Python takes for current after an edit within the same second.
-        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+        exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), module.__dict__)
         return module
     except BaseException as error:
         name = error.name if isinstance(error, ModuleNotFoundError) else None

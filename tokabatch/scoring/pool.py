@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -25,7 +25,7 @@ import psutil
 from tokabatch.errors import EngineError, JobError
 from tokabatch.job import VerifyConfig, verifier_names
 from tokabatch.scheduling.contracts import NOT_JUDGED
-from tokabatch.scoring.judge import ANSWER, JudgeSpec, Verdict
+from tokabatch.scoring.judge import JudgeSpec, Verdict
 from tokabatch.scoring.judge_process import Loaded, Request, unpacked
 
 BATCH_SAMPLES, BATCH_SECONDS = 256, 0.03
@@ -374,15 +374,6 @@ def _lives(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def refuse_majority(verify: VerifyConfig, columns: Collection[str]) -> None:
-    """Raise JobError if rows are to stop once answers agree, and the judge, which has these columns, extracts none."""
-    if verify.stop is not None and verify.stop.majority is not None and ANSWER not in columns:
-        raise JobError(
-            f"verify.stop.majority counts equal answers, and the judge extracts none: its COLUMNS have no {ANSWER!r}. Use one "
-            "that does, such as gsm8k or choice, or verify.stop.after_correct"
-        )
 
 
 def judge_spec(verify: VerifyConfig) -> JudgeSpec:

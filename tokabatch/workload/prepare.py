@@ -36,7 +36,8 @@ from tokabatch.output.reasoning import ReasoningTags, choose_tags
 from tokabatch.output.schema import FailedRow, input_names, output_schema, verdict_fields
 from tokabatch.output.unwritable import refuse_unwritable
 from tokabatch.scheduling.contracts import Drawn, Requests
-from tokabatch.scoring.pool import JudgePool, open_pool, refuse_majority
+from tokabatch.scoring.early_stopping import refuse_majority
+from tokabatch.scoring.pool import JudgePool, open_pool
 from tokabatch.workload.open_model import OpenModel, open_without_weights, with_weights
 
 Compare = Callable[[Fingerprint, RowDigests | None, RowPlaces], None]
