@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tokabatch.forecast.devices import KNOWN, find_device
+from tokabatch.forecast.devices import KNOWN, find_device, measure_processor
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,17 @@ def test_what_a_summary_notes_is_found_again() -> None:
 def test_every_name_is_of_one_device() -> None:
     names = [name for device in KNOWN.values() for name in {*device.names, device.rates.name}]
     assert len(names) == len(set(names))
+
+
+def test_a_processor_is_as_fast_as_its_threads_together() -> None:
+    before = torch.get_num_threads()
+    measured: list[float] = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            measured.append(measure_processor(0.0).rates.flops)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    # Four times, also where other work runs on the same cores.
+    assert 2 < measured[1] / measured[0] < 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -281,7 +282,7 @@ def test_a_run_that_is_stopped_commits_what_is_not_judged(
     assert read_status(tmp_path / "out").unjudged == unjudged
     capsys.readouterr()
     status(tmp_path / "out")
-    assert f"again (`tokabatch run` or `score`)  judges {unjudged} samples\n" in capsys.readouterr().out
+    assert re.search(rf"again \(`tokabatch run` or `score`\) +judges {unjudged} samples\n", capsys.readouterr().out)
     monkeypatch.undo()
     flag.unlink()
     with scripted_engine():
@@ -351,6 +352,14 @@ def test_references_are_checked_before_anything_is_computed(rows: Path, tmp_path
             "def check_options(): raise ValueError('no such file of words')\ndef verify(text, row): return True",
             "no such file of words",
         ),
+        (
+            "def check_options(**options): raise ValueError(f'given {[*options]}')\ndef verify(text, row, k=1): return True",
+            r"given \['k'\]",
+        ),
+        (
+            "def check_options(parser): pass\ndef verify(text, row): return True",
+            r"its `check_options\(parser\)` is called with the options alone, .*: .*'parser'; .* or give it another name",
+        ),
         ("COLUMNS = ['a']\ndef verify(text, row): return True", r"write names and types"),
         ("async def verify(text, row): return True", r"`verify` is async or has `yield`; write a plain `def`"),
     ],
@@ -362,7 +371,13 @@ def test_a_file_that_gives_no_judge_is_refused_before_anything_starts(
     if source is not None:
         own.write_text(source)
     with pytest.raises(JobError, match=rf"verify\.kind: .*broken\.py.*{message}"):
-        plan(scripted_job(rows, tmp_path / "out", verify={"kind": str(own), "answer": "answer"}))
+        plan(
+            scripted_job(
+                rows,
+                tmp_path / "out",
+                verify={"kind": str(own), "answer": "answer", "options": {"k": 1} if "k=1" in str(source) else {}},
+            )
+        )
     assert not (tmp_path / "out").exists()
 
 

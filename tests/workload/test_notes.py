@@ -61,5 +61,5 @@ def test_prompts_that_show_the_answer(rows: Path, tmp_path: Path) -> None:
 
     assert not noted("Q: {{ question }} A:", answer="answer")
     (note,) = noted("Q: {{ question }} A:", answer="question")
-    assert note.startswith("prompt.template shows the column 'question', the reference answer")
+    assert note.startswith("prompt.template uses the column 'question', the reference answer")
     assert noted("{{ question }}{% if answer %} ({{ answer }}){% endif %}", answer="answer")

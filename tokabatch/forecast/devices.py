@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from tokabatch.errors import UsageError
 from tokabatch.forecast.roofline import H200, DeviceRates
 
 PROCESSOR = "this processor"
-_PROBE_SECONDS = 0.05
+_PROBE_SECONDS = 0.15
 _PRODUCT = 512
 """Rows and columns of the matrices that are multiplied."""
 _FLOPS_SHARE, _BYTES_SHARE = 790 / 989, 4.3 / 4.8
@@ -65,12 +66,17 @@ def known_device(key: str) -> Device:
 
 
 def measure_processor(memory: float) -> Device:
-    """Measure this machine's processor in float32, for about a tenth of a second: the fastest of several trials. A trial takes
-    about a millisecond, so that some are undisturbed on a busy machine, too."""
-    a = np.ones((_PRODUCT, _PRODUCT), np.float32)
+    """Measure this machine's processor in float32, for some 0.3 s: the fastest of several trials. Products are measured on one
+    thread and multiplied by torch's number of threads, which would hold each other up on a busy machine."""
+    a = torch.ones((_PRODUCT, _PRODUCT), dtype=torch.float32)
     b = np.ones(16 << 20, np.float32)
     out = np.empty_like(b)
-    product = _best_time(lambda: a @ a)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        product = _best_time(lambda: a @ a) / threads
+    finally:
+        torch.set_num_threads(threads)
     copy = _best_time(lambda: np.copyto(out, b))
     return Device(DeviceRates(PROCESSOR, 2 * _PRODUCT**3 / product, 2 * b.nbytes / copy), memory, measured=True)
 

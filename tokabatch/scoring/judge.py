@@ -142,8 +142,10 @@ class Judge:
         _refuse_call(spec.function, function, ("", {}), self._options)
         check_options, self._check = (_function(module, name) for name in ("check_options", "check"))
         if check_options is not None:
+            named = self._named(check_options)
+            _refuse_call("check_options", check_options, (), named)
             try:
-                check_options(**self._named(check_options))
+                check_options(**named)
             except BaseException as error:
                 raise ValueError(_reason(error)) from error
         if self._check is not None:
@@ -162,9 +164,10 @@ class Judge:
         self._declared: dict[str, type] = dict(declared)
 
     def _named(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """Return the options that the function names."""
-        names = inspect.signature(function).parameters
-        return {name: value for name, value in self._options.items() if name in names}
+        """Return the options that the function names; all if it takes any."""
+        parameters = _parameters(function) or {}
+        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+        return {name: value for name, value in self._options.items() if takes_any or name in parameters}
 
     def check(self, row: Mapping[str, Any]) -> str | None:
         """Return why no text of this row can be judged; None if it can, or if the judge does not say."""
@@ -257,15 +260,28 @@ def _load(spec: JudgeSpec) -> ModuleType:
 
 
 def _refuse_call(name: str, function: Callable[..., Any], places: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-    """Raise ValueError if the function does not take these arguments."""
-    signature = inspect.signature(function)
+    """Raise ValueError if the function does not take these arguments, as far as Python can tell."""
+    parameters = _parameters(function)
+    if parameters is None:
+        return
     try:
-        signature.bind(*places, **options)
+        inspect.Signature(list(parameters.values())).bind(*places, **options)
     except TypeError as error:
-        what = "a text and its row" if len(places) == 2 else "a row alone, to find rows that cannot be judged"
-        remedy = f"write `{name}(text, row)`" if len(places) == 2 else f"write `{name}(row)`, or give it another name"
-        written = f"{name}{_written(list(signature.parameters.values()))}"
+        what, remedy = (
+            ("the options alone, to find those that are wrong for any row", "give a default to each, or give it another name"),
+            ("a row alone, to find rows that cannot be judged", f"write `{name}(row)`, or give it another name"),
+            ("a text and its row", f"write `{name}(text, row)`"),
+        )[len(places)]
+        written = f"{name}{_written(list(parameters.values()))}"
         raise ValueError(f"its `{written}` is called with {what}: {error}; {remedy}") from None
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """Return the parameters of a function; None for one written in C that does not name them."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def _options(spec: JudgeSpec, parameters: Sequence[inspect.Parameter]) -> dict[str, Any]:

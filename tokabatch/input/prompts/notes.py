@@ -137,8 +137,8 @@ def describe_answer(job: Job) -> tuple[str, ...]:
     if not shows:
         return ()
     return (
-        f"{shows[0]} shows the column {answer!r}, the reference answer that samples are judged by (verify.answer): a model "
-        "that repeats it is right. Unless that is the task, leave it out of the prompt, or correct verify.answer",
+        f"{shows[0]} uses the column {answer!r}, the reference answer that samples are judged by (verify.answer): a model can "
+        "copy what its prompt shows. Unless that is the task, leave it out of the prompt, or correct verify.answer",
     )
 
 

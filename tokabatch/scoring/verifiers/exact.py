@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 COLUMNS = {"extracted": str}
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -30,7 +30,7 @@ def verify(text: str, row: Mapping[str, Any], *, answer: str, normalize: str = "
 
 def check_options(*, normalize: str = "strip") -> None:
     """Raise ValueError for an unknown way to normalise."""
-    if normalize not in _NORMALIZE:
+    if not isinstance(cast("Any", normalize), str) or normalize not in _NORMALIZE:
         raise ValueError(f"verify.options.normalize is {normalize!r}; write one of {', '.join(_NORMALIZE)}")
 
 
