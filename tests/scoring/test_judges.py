@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from support.scripted_run import scripted_engine, scripted_job, scripted_run
+from support.scripted_run import MAX_TOKENS, scripted_engine, scripted_job, scripted_run
 
 from tokabatch import plan, run
 from tokabatch.cli.folder import status
@@ -240,7 +240,9 @@ def test_while_a_run_waits_for_verdicts_it_commits_others_and_can_be_stopped(
     judge, out = tmp_path / "judge.py", tmp_path / "out"
     judge.write_text("import time\ndef verify(text, row):\n    time.sleep(0 if row['number'] else 300)\n    return True\n")
     verify = {"kind": str(judge), "seconds": 300.0, "processes": 2}
-    job = scripted_job(rows, out, verify=verify, output={"path": str(out), "flush_seconds": 0.2}, engine={"max_running": 2})
+    # One sample a row: with two of the first row, both processes might sleep.
+    sections = {"generation": {"n": 1, "max_tokens": MAX_TOKENS, "temperature": 1.0}, "engine": {"max_running": 2}}
+    job = scripted_job(rows, out, verify=verify, output={"path": str(out), "flush_seconds": 0.2}, **sections)
     with scripted_engine():
         summary = run(job, should_stop=lambda: bool(list((out / "data").glob("part-*"))))
     assert (summary.exit_code, summary.estimates) == (130, ()) and not (out / "_SUCCESS").exists()

@@ -53,7 +53,7 @@ def describe_stops(stops: Mapping[str, str], tokenizer: Spells, special_texts: S
             meant = json.dumps(_ESCAPE.sub(lambda found: found[0].encode().decode("unicode_escape"), stop), ensure_ascii=False)
             # A shell removes the outer quotes.
             typed = shlex.quote(f"{stops[stop]}={meant}")
-            typed = f" (on a command line, {typed})" if stops[stop] == "generation.stop" else ""
+            typed = f" (on a command line, {typed})" if [*stops.values()] == ["generation.stop"] else ""
             sentences.append(
                 f"{stops[stop]} holds '{stop}': a backslash and {escape[1]!r}, as single quotes and the command line keep "
                 f"them; if {_MEANT[escape[1]]} is meant, write {meant}, in double quotes{typed}"
