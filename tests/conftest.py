@@ -13,7 +13,8 @@ import hypothesis
 import pytest
 import torch
 
-from tokabatch.forecast.devices import Device, measure_processor
+from tokabatch.forecast.devices import Device
+from tokabatch.forecast.processor import measure_processor
 
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

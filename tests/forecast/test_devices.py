@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokabatch.forecast.devices import KNOWN, find_device, measure_processor
+from tokabatch.forecast.devices import KNOWN, find_device
+from tokabatch.forecast.processor import measure_processor
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,8 @@ class TestRefusedFiles:
             ("prompt: {chat_template_kwargs: {x: .nan}}", "prompt.chat_template_kwargs: holds values that JSON does not have"),
             ("prompt: {chat: false, template: a, system: b}", "system needs a chat template, but chat is false"),
             ("prompt:\n  few_shot: {path: a, k: 0, template: b}", "5: prompt.few_shot.k: got the number 0"),
+            ("generation:{n: 4}", "write a space behind the colon: `generation: {n: 4}`"),
+            ("generation: temperature=0.7", "for example `generation: {temperature: 0.7}`"),
             ("prompt:\n  few_shot: {path: a}", "5: prompt.few_shot.template: missing; accepts text (a Jinja template)"),
             ("prompt:\n  template: {{ question }}", "5: prompt.template: a key must be a single word"),
             ("verify: {kind: gsm9k, answer: a}", "4: verify.kind: there is no verifier `gsm9k`; did you mean `gsm8k`?"),
@@ -594,11 +596,12 @@ class TestReference:
         """What a refusal tells people to write must load: provoke each key's refusal and follow it."""
         for key in Job.describe_keys():
             base = {**MINIMAL, "verify": {"kind": "exact", "answer": "a"}, "trace": {"path": "trace.json"}}
-            few_shot = ("prompt.few_shot.path=x", "prompt.few_shot.template=y") if "few_shot" in key.name else ()
+            beside = ("prompt.few_shot.path=x", "prompt.few_shot.template=y") if "few_shot" in key.name else ()
+            beside = ("mode=score",) if key.name == "prompt.continuations" else beside
             wrong = "[{}]" if key.name.endswith(("_kwargs", "_bias", ".options")) else "{a: 1}"
-            advice = re.search(r"for example `(.*)`$", refusal(base, *few_shot, f"{key.name}={wrong}"))
+            advice = re.search(r"for example `(.*)`$", refusal(base, *beside, f"{key.name}={wrong}"))
             assert advice is not None, key.name
-            Job.load(base, *few_shot, *shlex.split(advice[1]))
+            Job.load(base, *beside, *shlex.split(advice[1]))
 
     def test_verifiers_are_listed_without_importing_them(self) -> None:
         assert {"gsm8k", "exact"} <= set(verifier_names())

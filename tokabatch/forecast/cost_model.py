@@ -12,7 +12,8 @@ import torch
 
 from tokabatch.engine.replica_sizes import ReplicaSizes, available_memory, decide_sizes
 from tokabatch.errors import JobError, UsageError
-from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device, measure_processor
+from tokabatch.forecast.devices import KNOWN, PROCESSOR, Device, find_device
+from tokabatch.forecast.processor import measure_processor
 from tokabatch.forecast.profile import SAMPLE_SECONDS, STEP_SECONDS, Profile, SavedProfile, load_profile, unmeasured_gpu
 from tokabatch.forecast.ranks import seconds_of_ranks
 from tokabatch.forecast.roofline import DeviceRates, Roofline

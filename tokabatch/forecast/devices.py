@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
-import torch
 
 from tokabatch.errors import UsageError
 from tokabatch.forecast.roofline import H200, DeviceRates
 
 PROCESSOR = "this processor"
-_PROBE_SECONDS = 0.15
-_PRODUCT = 512
-"""Rows and columns of the matrices that are multiplied."""
 _FLOPS_SHARE, _BYTES_SHARE = 790 / 989, 4.3 / 4.8
 """What an H200 was measured to reach of its published dense bf16 and memory rates; taken for devices not measured."""
 
@@ -63,29 +54,3 @@ def known_device(key: str) -> Device:
     if key not in KNOWN:
         raise UsageError(f"there is no device `{key}` to simulate; write one of {', '.join(KNOWN)}")
     return KNOWN[key]
-
-
-def measure_processor(memory: float) -> Device:
-    """Measure this machine's processor in float32, for some 0.3 s: the fastest of several trials. Products are measured on one
-    thread and multiplied by torch's number of threads, which would hold each other up on a busy machine."""
-    a = torch.ones((_PRODUCT, _PRODUCT), dtype=torch.float32)
-    b = np.ones(16 << 20, np.float32)
-    out = np.empty_like(b)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        product = _best_time(lambda: a @ a) / threads
-    finally:
-        torch.set_num_threads(threads)
-    copy = _best_time(lambda: np.copyto(out, b))
-    return Device(DeviceRates(PROCESSOR, 2 * _PRODUCT**3 / product, 2 * b.nbytes / copy), memory, measured=True)
-
-
-def _best_time(work: Callable[[], object]) -> float:
-    """Return the shortest time of the repetitions that fit into `_PROBE_SECONDS`, of at least five."""
-    best, begun, count = math.inf, time.perf_counter(), 0
-    while count < 5 or time.perf_counter() - begun < _PROBE_SECONDS:
-        begin = time.perf_counter()
-        work()
-        best, count = min(best, time.perf_counter() - begin), count + 1
-    return best

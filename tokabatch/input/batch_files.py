@@ -46,7 +46,8 @@ def settle_format(job: Job) -> Job:
         if chosen == "openai" and lines and not any(map(is_batch_line, lines)):
             raise InputError(
                 f"input.path {job.input.path!r} is not a batch file: none of its {first_counted(len(lines), 'line')} has "
-                "custom_id, a url such as /v1/chat/completions, and body. Write input.format: rows for rows of another kind"
+                "custom_id, a url such as /v1/chat/completions, and body. Rows of another kind are completed by "
+                "`tokabatch run` (input.format: rows)"
             )
         chosen = "openai" if chosen == "openai" or (lines and is_batch_line(lines[0])) else "rows"
     if chosen == "rows":

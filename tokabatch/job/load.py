@@ -90,7 +90,10 @@ def load_model(model: type[Model], source: object, overrides: Sequence[object]) 
     try:
         loaded = model.model_validate(draft.values)
     except ValidationError as error:
-        refusals = refusals_of(model, error, draft.values)
+        refusals = list(refusals_of(model, error, draft.values))
+        # A section whose name is misspelt is not missing.
+        meant = {(each.suggestion,) for each in refusals}
+        refusals = [each for each in refusals if not (each.message.startswith("missing") and each.path[:1] in meant)]
         draft.problems += [_located(draft, refusal) for refusal in refusals if refusal.path not in draft.misread]
     else:
         draft.problems += [_located(draft, refusal) for refusal in _python_nones(model, draft.values)]

@@ -188,6 +188,9 @@ def _as_section(section: type[BaseModel] | None, given: Any) -> tuple[str, str] 
         return None
     assert issubclass(section, Section)
     fields = section.model_fields
+    if isinstance(given, str) and given.partition("=")[0].strip() in fields:
+        key, _, value = given.partition("=")
+        return f"{{{key.strip()}: {value.strip()}}}", ""
     name = next(iter(section.example()))
     if isinstance(given, str) and given.isidentifier() and "{{" in accepts_of(fields[name]).example:
         given = f"{{{{ {given} }}}}"
@@ -219,7 +222,8 @@ def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path, giv
         return Refusal(path, f"unknown key; the space beside it is U+{ord(sign):04X}; write ordinary ones")
     if ":" in word:
         name, _, value = word.partition(":")
-        return Refusal(path, f"unknown key; write a space behind the colon: `{name}: {value.strip()}`")
+        rest = f": {given[word]}" if value.startswith("{") and isinstance(given.get(word), str) else ""
+        return Refusal(path, f"unknown key; write a space behind the colon: `{name}: {value.strip()}{rest}`")
     written = re.fullmatch(r"(\w+)(?: +| *(?=\{))(.+)", word)
     if written and (written[2].startswith("{") or written[1] in owner.model_fields):
         value = f"{written[2]}: …}}" if written[2].startswith("{") else written[2]
@@ -232,7 +236,9 @@ def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path, giv
         )
     elsewhere = [name for name in everywhere if word in (name, name.rpartition(".")[2])]
     siblings = list(owner.model_fields)
-    near = get_close_matches(word, siblings, n=1)
+    close = get_close_matches(word, siblings)
+    # Two letters that changed places weigh less than one that is missing: `modle` is `model`, not `mode`.
+    near = [name for name in close if sorted(name) == sorted(word)] or close
     if reason := why_none(path):
         return Refusal(path, f"unknown key; {reason}")
     if prefix and word in model.model_fields:

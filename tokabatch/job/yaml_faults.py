@@ -277,9 +277,15 @@ def _open_quote(fault: _Fault) -> tuple[int, str] | None:
         if not isinstance(token, yaml.ScalarToken) or token.style not in ("'", '"'):
             continue
         if token.end_mark.line == row and re.match(r"\w", line[token.end_mark.column :]):
+            if token.start_mark.line < row:
+                return token.start_mark.line, _not_closed(token.style, token.start_mark.column)
             return row, _second_quote(token.style)
     quote = line[column : column + 1]
-    return row, f"the quote {quote} in column {column + 1} is not closed; add one at the end of the text"
+    return row, _not_closed(quote, column)
+
+
+def _not_closed(quote: str, column: int) -> str:
+    return f"the quote {quote} in column {column + 1} is not closed; add one at the end of the text"
 
 
 def _second_quote(quote: str) -> str:
