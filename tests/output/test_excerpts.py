@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, Versions, write_manifest
 from tokabatch.output.schema import CORRECT, VERDICT_FIELDS, output_schema
 from tokabatch.output.shard_writer import ShardWriter
+from tokabatch.report.review import write_report
 from tokabatch.storage.listing import ListedFile
 
 MANIFEST = Manifest("2026-01-02T03:04:05+00:00", "/", "m", Versions("1", "2", "3", "4"), 9, 18, {}, Fingerprint({}, {}))
@@ -33,11 +35,17 @@ def bad(row: int, sample: int, code: str) -> dict[str, Any]:
     return {**known, "error_code": code, "error_message": f"line {row + 1}: why"}
 
 
-def folder(out: Path, *shards: list[dict[str, Any]], verified: bool = False, schema: pa.Schema | None = None) -> Path:
+def folder(
+    out: Path,
+    *shards: list[dict[str, Any]],
+    verified: bool = False,
+    schema: pa.Schema | None = None,
+    manifest: Manifest = MANIFEST,
+) -> Path:
     verdicts = VERDICT_FIELDS if verified else ()
     schema = schema or output_schema(pa.schema([("question", pa.string())]), verdicts=verdicts)
     with Claim(out) as claim:
-        write_manifest(claim, MANIFEST, {})
+        write_manifest(claim, manifest, {})
         writer = ShardWriter(claim, schema, rows_per_shard=1000, flush_seconds=1e9)
         for rows in shards:
             write_rows(writer, pa.Table.from_pylist(rows, schema=schema))
@@ -86,10 +94,11 @@ def test_right_wrong_and_longest(tmp_path: Path) -> None:
     assert CORRECT.name not in longest[0].columns
 
 
-def test_scored_rows_are_right_or_wrong_by_their_likeliest_text(tmp_path: Path) -> None:
-    def scored(row: int, sample: int, logprob: float, tokens: int, correct: bool | None) -> dict[str, Any]:
-        return {**good(row, sample, tokens, correct), "cumulative_logprob": logprob, "finish_reason": "scored"}
+def scored(row: int, sample: int, logprob: float, tokens: int, correct: bool | None = None) -> dict[str, Any]:
+    return {**good(row, sample, tokens, correct), "cumulative_logprob": logprob, "finish_reason": "scored"}
 
+
+def test_scored_rows_are_right_or_wrong_by_their_likeliest_text(tmp_path: Path) -> None:
     schema = output_schema(pa.schema([("question", pa.string())]), verdicts=VERDICT_FIELDS, scored=True)
     # Row 1 has a text in each shard; its likeliest one is wrong, and the shortest.
     first = [scored(0, 0, -9.0, 3, False), scored(0, 1, -2.0, 1, True), scored(1, 0, -5.0, 10, True)]
@@ -106,6 +115,16 @@ def test_scored_rows_are_right_or_wrong_by_their_likeliest_text(tmp_path: Path) 
     unjudged = output_schema(pa.schema([("question", pa.string())]), scored=True)
     plain = excerpts(folder(tmp_path / "plain", first, schema=unjudged), 2)
     assert [(each.row_index, each.sample_index) for each in plain["first"]] == [(0, 0), (1, 0)]
+
+
+def test_the_page_of_scored_texts_that_nothing_judges_shows_texts_of_all_rows(tmp_path: Path) -> None:
+    schema = output_schema(pa.schema([("question", pa.string())]), scored=True)
+    manifest = replace(MANIFEST, job={"mode": "score"})
+    out = folder(tmp_path / "out", [scored(row, 0, -1.0 - row, 2) for row in range(3)], schema=schema, manifest=manifest)
+    page = write_report(out).read_text()
+    assert all(f"<pre>text {row}.0</pre>" in page for row in range(3))
+    # There are no other texts above them.
+    assert page.count("<h2>Lowest log-probability per token, one text of each row</h2>") == 1 and "other texts" not in page
 
 
 def test_columns_have_the_names_of_the_input(tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ def excerpts(path: Path, count: int, *, whole: bool = False) -> dict[Kind, tuple
     longest of the others.
 
     If the job scores given texts, a row is right or wrong by its likeliest continuation, which is shown; with `whole`, the
-    texts of the lowest and the highest log-probability per token take the place of the longest. No sample is returned twice."""
+    texts of the lowest and the highest log-probability per token take the place of the longest, and of the first ones. No
+    sample is returned twice."""
 
     def choose() -> dict[Kind, tuple[Excerpt, ...]]:
         folder = OutputFolder(path)
@@ -167,7 +168,7 @@ def _scored(shards: Sequence[ListedFile], count: int, whole: bool, id_column: st
         likeliest = of_rows(-logprob)
         right = correct[0][likeliest] > 0
         kinds = {"right": likeliest[right], "wrong": likeliest[~right]}
-    else:
+    elif not whole:
         kinds = {"first": of_rows(sample)}
     if whole:
         keys: dict[Kind, Float64] = {"lowest": per_token, "highest": -per_token}

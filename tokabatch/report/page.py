@@ -197,6 +197,8 @@ def _samples(run: RunRecord) -> str:
     titles = dict(_TITLES if run.per_token is None else _TITLES_OF_SCORED)
     if run.per_token is None and any(each.unjudged for each in run.samples_shown.get("wrong", ())):
         titles["wrong"] = "Wrong samples, and those without a verdict"
+    if run.per_token is not None and not {"right", "wrong"} & run.samples_shown.keys():
+        titles["lowest"] = "Lowest log-probability per token, one text of each row"
     # Of samples that were cut off at one length, or are all alike, any would do.
     ends = {(each.finish_reason, each.num_output_tokens) for each in run.samples_shown.get("longest", ())}
     cut_off = len(ends) == 1 and next(iter(ends))[0] == "length"
