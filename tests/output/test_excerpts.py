@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +16,7 @@ from tokabatch.errors import DamageError
 from tokabatch.input.fingerprint import Fingerprint
 from tokabatch.output import excerpts as chosen
 from tokabatch.output.claim import Claim
-from tokabatch.output.excerpts import ErrorRow, error_rows, excerpts, finish_reasons
+from tokabatch.output.excerpts import ErrorRow, Excerpt, Kind, error_rows, excerpts, finish_reasons
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, Versions, write_manifest
 from tokabatch.output.schema import CORRECT, VERDICT_FIELDS, output_schema
@@ -94,23 +96,47 @@ def test_right_wrong_and_longest(tmp_path: Path) -> None:
     assert CORRECT.name not in longest[0].columns
 
 
+def test_the_longest_are_those_of_all_samples_that_are_not_shown_already(tmp_path: Path) -> None:
+    first = [good(0, 0, 5, True), good(0, 1, 90, False), good(0, 2, 80, False), good(1, 0, 3, False), good(1, 1, 4, False)]
+    out = folder(tmp_path / "out", first, [good(0, 3, 70, False), good(0, 4, 60, True)], verified=True)
+    found = excerpts(out, 2, whole=True)
+    named = {kind: [(each.row_index, each.num_output_tokens) for each in of_kind] for kind, of_kind in found.items()}
+    # Each from another row, in whatever shard its samples are.
+    assert named == {"right": [(0, 5)], "wrong": [(0, 90), (1, 3)], "longest": [(0, 80), (1, 4)]}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_longest_however_samples_are_spread_over_rows_and_shards(seed: int, tmp_path: Path) -> None:
+    rng = Random(seed)
+    rows = [good(row, n, rng.randint(1, 99), rng.random() < 0.5) for row in range(4) for n in range(rng.randint(1, 30))]
+    rng.shuffle(rows)
+    out = folder(tmp_path / "out", *(rows[at : at + 9] for at in range(0, len(rows), 9)), verified=True)
+    found = excerpts(out, 2, whole=True)
+    shown = {(each.row_index, each.sample_index) for each in (*found.get("right", ()), *found.get("wrong", ()))}
+    others = [each for each in rows if (each["row_index"], each["sample_index"]) not in shown]
+    tokens = {row: max(each["num_output_tokens"] for each in others if each["row_index"] == row)
+              for row in {each["row_index"] for each in others}}  # fmt: skip
+    expected = sorted(tokens.items(), key=lambda each: (-each[1], each[0]))[:2]
+    assert [(each.row_index, each.num_output_tokens) for each in found["longest"]] == expected
+
+
 def scored(row: int, sample: int, logprob: float, tokens: int, correct: bool | None = None) -> dict[str, Any]:
     return {**good(row, sample, tokens, correct), "cumulative_logprob": logprob, "finish_reason": "scored"}
 
 
 def test_scored_rows_are_right_or_wrong_by_their_likeliest_text(tmp_path: Path) -> None:
+    def named(found: Mapping[Kind, Sequence[Excerpt]]) -> dict[Kind, list[tuple[int, int, float | None]]]:
+        return {kind: [(each.row_index, each.sample_index, each.logprob) for each in shown] for kind, shown in found.items()}
+
     schema = output_schema(pa.schema([("question", pa.string())]), verdicts=VERDICT_FIELDS, scored=True)
     # Row 1 has a text in each shard; its likeliest one is wrong, and the shortest.
     first = [scored(0, 0, -9.0, 3, False), scored(0, 1, -2.0, 1, True), scored(1, 0, -5.0, 10, True)]
     out = folder(tmp_path / "out", first, [scored(1, 1, -4.0, 1, False)], schema=schema)
-    found = excerpts(out, 2, whole=True)
-    named = {kind: [(each.row_index, each.sample_index, each.logprob) for each in of_kind] for kind, of_kind in found.items()}
-    assert named == {
-        "right": [(0, 1, -2.0)],
-        "wrong": [(1, 1, -4.0)],
-        "lowest": [(0, 0, -9.0)],
-        "highest": [(1, 0, -5.0)],
-    }
+    texts = {"right": [(0, 1, -2.0)], "wrong": [(1, 1, -4.0)], "lowest": [(0, 0, -9.0)], "highest": [(1, 0, -5.0)]}
+    assert named(excerpts(out, 1, whole=True)) == texts
+    # Of the other texts, also where a row's lowest or highest of all is shown as right or wrong.
+    del texts["highest"]
+    assert named(excerpts(out, 2, whole=True)) == {**texts, "lowest": [(0, 0, -9.0), (1, 0, -5.0)]}
     assert set(excerpts(out, 2)) == {"right"}  # Of the first shard alone.
     unjudged = output_schema(pa.schema([("question", pa.string())]), scored=True)
     plain = excerpts(folder(tmp_path / "plain", first, schema=unjudged), 2)

@@ -236,7 +236,7 @@ def test_headings_of_samples_say_of_how_many_they_are() -> None:
     page = render_page(run)
     for title, shown in (("Right", "1 of 7"), ("Wrong", "2 of 11")):
         assert f"<h2>{title} samples <small>{shown}</small></h2>" in page
-    assert "<h2>Longest of the other samples</h2>" in page
+    assert "<h2>Longest of the other samples, one of each row</h2>" in page
     for unknown in (replace(run, unjudged=3), replace(run, right=None)):
         assert "<h2>Right samples</h2>" in render_page(unknown)
 

@@ -6,12 +6,12 @@ For error rows, only the row groups that hold some are read, found by the statis
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +30,9 @@ from tokabatch.storage.parquet_file import ParquetFile
 
 Kind = Literal["first", "right", "wrong", "longest", "lowest", "highest"]
 _KEYS = ("row_index", "sample_index", "status", "num_output_tokens")
-_T = TypeVar("_T")
 _SCORE = VERDICT_FIELDS[1].name
+_OF_A_ROW = 3
+"""The candidates of a row for each kind: two of them may be shown as right and as wrong."""
 _LONG_COLUMNS = frozenset(("token_ids", "logprobs"))
 
 
@@ -157,31 +158,36 @@ def _scored(shards: Sequence[ListedFile], count: int, whole: bool, id_column: st
         return {}
     row, sample, tokens, logprob, *correct, offset = map(np.concatenate, zip(*parts, strict=True))
     per_token = logprob / np.maximum(tokens, 1)
+    free, shown = np.ones(len(row), np.bool_), dict[Kind, Int64]()
 
     def of_rows(key: Float64) -> Int64:
-        """Return the text of each row with the smallest key, rows in the order of the input."""
+        """Return the text of each row with the smallest key, of those not shown yet, rows in the order of the input."""
         order = np.lexsort((sample, key, row))
+        order = order[free[order]]
         return order[np.unique(row[order], return_index=True)[1]]
 
-    kinds: dict[Kind, Int64] = {}
+    def show(kind: Kind, texts: Int64) -> None:
+        shown[kind] = texts[:count]
+        free[shown[kind]] = False
+
     if judged:
         likeliest = of_rows(-logprob)
         right = correct[0][likeliest] > 0
-        kinds = {"right": likeliest[right], "wrong": likeliest[~right]}
+        show("right", likeliest[right])
+        show("wrong", likeliest[~right])
     elif not whole:
-        kinds = {"first": of_rows(sample)}
+        show("first", of_rows(sample))
     if whole:
         keys: dict[Kind, Float64] = {"lowest": per_token, "highest": -per_token}
         for kind, key in keys.items():
-            of_each = of_rows(key)
-            kinds[kind] = of_each[np.argsort(key[of_each], kind="stable")]
+            texts = of_rows(key)
+            show(kind, texts[np.argsort(key[texts], kind="stable")])
 
     def read(at: int) -> Excerpt:
         shard, group = places[at]
         return _read(shards[shard], group, int(offset[at]), id_column)
 
-    once = _once({kind: chosen.tolist() for kind, chosen in kinds.items()}, count, lambda at: at)
-    return {kind: tuple(map(read, chosen)) for kind, chosen in once.items()}
+    return {kind: tuple(map(read, texts.tolist())) for kind, texts in shown.items() if len(texts)}
 
 
 def _shards(folder: OutputFolder) -> tuple[ListedFile, ...]:
@@ -228,7 +234,8 @@ def _all_null(file: ParquetFile, group: int) -> bool:
 
 
 def _excerpts(shards: Iterable[ListedFile], count: int, whole: bool, id_column: str | None) -> dict[Kind, tuple[Excerpt, ...]]:
-    best: dict[Kind, list[_Place]] = {}
+    # Enough that `count` rows remain without the up to two times `count` samples that are shown as right or wrong.
+    best, most = dict[Kind, list[_Place]](), (2 + _OF_A_ROW) * count
     for shard in shards:
         with open_shard(shard) as file:
             schema = file.schema_arrow
@@ -236,30 +243,33 @@ def _excerpts(shards: Iterable[ListedFile], count: int, whole: bool, id_column: 
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=present)
                 for kind, chosen in _candidates(table, whole).items():
-                    # As many as can be shown of all three kinds: a longest sample may be shown already.
-                    places = [_Place(rank, shard, group, offset) for rank, offset in nsmallest(3 * count, chosen)]
-                    best[kind] = nsmallest(3 * count, [*best.get(kind, ()), *places], key=lambda place: place.rank)
+                    places = [_Place(rank, shard, group, offset) for rank, offset in nsmallest(most, chosen)]
+                    best[kind] = _of_each_row([*best.get(kind, ()), *places], _OF_A_ROW)[:most]
         if any(best.values()) and not whole:
             break
-    once = _once(best, count, lambda place: place.rank[1:])
+    shown, seen = dict[Kind, list[_Place]](), set[tuple[int, ...]]()
+    for kind, places in best.items():
+        shown[kind] = _of_each_row((each for each in places if each.rank[1:] not in seen), 1)[:count]
+        seen.update(each.rank[1:] for each in shown[kind])
     return {
         kind: tuple(_read(place.shard, place.group, place.offset, id_column) for place in places)
-        for kind, places in once.items()
+        for kind, places in shown.items()
+        if places
     }
 
 
-def _once(chosen: Mapping[Kind, Iterable[_T]], count: int, key: Callable[[_T], object]) -> dict[Kind, list[_T]]:
-    """Return the first `count` of each kind, without those that an earlier kind has; no kinds without any."""
-    seen = set[object]()
-    result: dict[Kind, list[_T]] = {}
-    for kind, of_kind in chosen.items():
-        result[kind] = list(islice((each for each in of_kind if key(each) not in seen), count))
-        seen.update(map(key, result[kind]))
-    return {kind: kept for kind, kept in result.items() if kept}
+def _of_each_row(places: Iterable[_Place], most: int) -> list[_Place]:
+    """Return the places in the order of their ranks, at most the first `most` of each row."""
+    counts, kept = Counter[int](), list[_Place]()
+    for place in sorted(places, key=lambda each: each.rank):
+        row = place.rank[1]
+        counts[row] += 1
+        kept += [place] if counts[row] <= most else []
+    return kept
 
 
 def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int, int, int], int]]]:
-    """Return, for each kind, the first sample of each row: its rank and its offset in the table."""
+    """Return, for each kind, the first samples of each row: their ranks and their offsets in the table."""
     ok: Bool = np.asarray(table["status"].to_pylist(), dtype=object) == "ok"
     rows, samples = table["row_index"].to_numpy(), table["sample_index"].to_numpy()
     masks: dict[Kind, Bool] = {"first": ok}
@@ -273,7 +283,8 @@ def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int
     for kind, (mask, first) in ranked.items():
         offsets = np.flatnonzero(mask)
         offsets = offsets[np.lexsort((samples[offsets], first[offsets], rows[offsets]))]
-        offsets = offsets[np.unique(rows[offsets], return_index=True)[1]]
+        _, starts, which = np.unique(rows[offsets], return_index=True, return_inverse=True)
+        offsets = offsets[np.arange(len(offsets)) - starts[which] < _OF_A_ROW]
         keys = zip(first[offsets].tolist(), rows[offsets].tolist(), samples[offsets].tolist(), strict=True)
         result[kind] = list(zip(keys, offsets.tolist(), strict=True))
     return result

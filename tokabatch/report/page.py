@@ -183,7 +183,7 @@ _TITLES: dict[Kind, str] = {
     "right": "Right samples",
     "wrong": "Wrong samples",
     "first": "Samples",
-    "longest": "Longest of the other samples",
+    "longest": "Longest of the other samples, one of each row",
 }
 _TITLES_OF_SCORED: dict[Kind, str] = {
     "wrong": "Wrong choices: continuations that are likeliest in their row, but not right",
