@@ -237,6 +237,11 @@ def test_headings_of_samples_say_of_how_many_they_are() -> None:
     for title, shown in (("Right", "1 of 7"), ("Wrong", "2 of 11")):
         assert f"<h2>{title} samples <small>{shown}</small></h2>" in page
     assert "<h2>Longest of the other samples, one of each row</h2>" in page
+    # Those without a verdict count as wrong ones only under the heading that names them.
+    without = replace(run, without_verdict=9)
+    assert "<h2>Wrong samples <small>2 of 2</small></h2>" in render_page(without)
+    both = replace(without, samples_shown={"wrong": (sample, replace(sample, correct=None, unjudged="it hung"))})
+    assert "<h2>Wrong samples, and those without a verdict <small>2 of 11</small></h2>" in render_page(both)
     for unknown in (replace(run, unjudged=3), replace(run, right=None)):
         assert "<h2>Right samples</h2>" in render_page(unknown)
 

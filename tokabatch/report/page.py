@@ -195,7 +195,7 @@ _TITLES_OF_SCORED: dict[Kind, str] = {
 
 def _samples(run: RunRecord) -> str:
     titles = dict(_TITLES if run.per_token is None else _TITLES_OF_SCORED)
-    if run.per_token is None and any(each.unjudged for each in run.samples_shown.get("wrong", ())):
+    if run.per_token is None and _shows_unjudged(run):
         titles["wrong"] = "Wrong samples, and those without a verdict"
     if run.per_token is not None and not {"right", "wrong"} & run.samples_shown.keys():
         titles["lowest"] = "Lowest log-probability per token, one text of each row"
@@ -214,11 +214,15 @@ def _samples(run: RunRecord) -> str:
 
 def _of_all(run: RunRecord, kind: Kind) -> str:
     """Return how many samples of a kind are shown, and of how many, where that is known."""
-    right = run.right or 0
-    number = {"first": run.ok, "right": right, "wrong": run.ok - right}.get(kind)
+    right, without = run.right or 0, 0 if _shows_unjudged(run) else run.without_verdict
+    number = {"first": run.ok, "right": right, "wrong": run.ok - right - without}.get(kind)
     if number is None or run.per_token is not None or (kind != "first" and (run.right is None or run.unjudged)):
         return ""
     return f" <small>{len(run.samples_shown[kind]):,} of {number:,}</small>"
+
+
+def _shows_unjudged(run: RunRecord) -> bool:
+    return any(each.unjudged for each in run.samples_shown.get("wrong", ()))
 
 
 def _sample(sample: Excerpt, run: RunRecord) -> str:
