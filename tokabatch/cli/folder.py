@@ -102,7 +102,7 @@ def report(
     # It tells of caches that it cannot write in the home of a container's user.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     print_result(str(import_module("tokabatch.report.review").write_report(out, to)))
-    _note_incomplete(found.committed, found.samples)
+    _note_incomplete(out, found.committed, found.samples)
 
 
 def check(out: OutArgument) -> None:
@@ -176,7 +176,7 @@ def score(
     right = "" if to is None else f", {scored.right:,} right ({scored.right / max(1, scored.judged):.1%})"
     print_note(f"{out}: {counted(scored.judged, 'sample')} judged {where}{right}")
     if to is not None:
-        _note_incomplete(scored.done, scored.samples)
+        _note_incomplete(out, scored.done, scored.samples)
     for reason, number in scored.reasons.most_common(3):
         print_note(f"no verdict for {counted(number, 'sample')}, counted as wrong: {reason}")
     if to is None:
@@ -287,7 +287,7 @@ def export(
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-    _note_incomplete(exported.done, exported.planned)
+    _note_incomplete(out, exported.done, exported.planned)
     if str(to) != "-":
         samples, rows = counted(exported.samples, "sample"), counted(exported.rows, "row")
         print_note(f"{to}: {samples} of {rows}, {counted(exported.bytes, 'byte')}")
@@ -295,8 +295,11 @@ def export(
         raise UsageError(f"standard output cannot be written: {fault.strerror}")
 
 
-def _note_incomplete(done: int, samples: int | None) -> None:
-    if (note := import_module("tokabatch.report.folder_state").incomplete_note(done, samples)) is not None:
+def _note_incomplete(out: Path, done: int, samples: int | None) -> None:
+    folder = import_module("tokabatch.output.folder").OutputFolder(out)
+    manifest = import_module("tokabatch.output.manifest").read_manifest(folder)
+    job = manifest.job if manifest is not None else {}
+    if (note := import_module("tokabatch.report.folder_state").incomplete_note(done, samples, job)) is not None:
         print_message(note)
 
 

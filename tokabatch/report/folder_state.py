@@ -72,12 +72,13 @@ def what_is_left(out: Path, values: Mapping[str, Any]) -> tuple[Section, ...]:
     return (Section("Next", ((same, does),)),) if does else ()
 
 
-def incomplete_note(done: int, samples: int | None) -> str | None:
+def incomplete_note(done: int, samples: int | None, job: Mapping[str, Any]) -> str | None:
     """What is said beside an export, a page or verdicts of `done` samples of so many; None of a run that has them all, or whose
-    number of samples is not known."""
+    number of samples is not known. Texts that `job` scores finish in no order of their lengths."""
     if samples is None or done >= samples:
         return None
-    return f"incomplete: {samples_so_far(done, samples)}; short samples finish first, so the missing ones will be longer"
+    longer = "" if job.get("mode") == "score" else "; short samples finish first, so the missing ones may be longer"
+    return f"incomplete: {samples_so_far(done, samples)}{longer}"
 
 
 def share_sections(shares: Mapping[str, Any]) -> tuple[Section, ...]:
