@@ -316,12 +316,13 @@ STOPPED_EARLY = "stopped; run the same command again to continue"
 def test_a_deadline_is_called_one_and_a_signal_by_its_name() -> None:
     program = (
         "import os, signal, time\nfrom tokabatch.cli.signals import stop_on_signals\n"
-        "with stop_on_signals(deadline=0.01) as stop:\n    time.sleep(5) if not stop.poll() else None\n    print(stop.poll())\n"
+        "with stop_on_signals(deadline=0.01234567) as stop:\n"
+        "    time.sleep(5) if not stop.poll() else None\n    print(stop.poll())\n"
         "with stop_on_signals(deadline=60) as stop:\n    os.kill(os.getpid(), signal.SIGUSR1)\n    print(stop.poll())\n"
     )
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, check=True, env=environment())
     doing = "stopping: committing finished samples, if any"
-    assert done.stderr.splitlines() == [f"{doing} (--deadline 0.01 is reached)", f"{doing} (SIGUSR1)"]
+    assert done.stderr.splitlines() == [f"{doing} (--deadline 0.01234567 is reached)", f"{doing} (SIGUSR1)"]
     assert done.stdout.split() == ["75", "75"]
 
 

@@ -58,6 +58,14 @@ def test_what_a_judge_found_is_shown_beside_its_verdict(verify: dict[str, Any], 
     assert f"; {judged[1]}</small>" in write_report(out).read_text()
 
 
+def test_scores_are_written_with_at_most_four_digits_or_as_whole_numbers() -> None:
+    """Beside the verdict, in the terminal and on the page; very large and very small ones with an exponent."""
+    scores = (12345.6, 9999.96, -2e6, 1234.5, 0.123456, 25.0, 1e30, 1.5e-9)
+    assert closing.judged_text({f"s{place}": score for place, score in enumerate(scores)}) == (
+        "s0 12,346, s1 10,000, s2 -2,000,000, s3 1,234, s4 0.1235, s5 25, s6 1e+30, s7 1.5e-09"
+    )
+
+
 def test_a_page_of_the_users_own_is_kept(tmp_path: Path) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
     rows.write_text('{"question": "How many?"}\n')

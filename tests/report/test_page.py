@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+from html import escape
 
 import numpy as np
 import pytest
@@ -228,6 +230,17 @@ def test_predicted_and_actual_times_have_units_and_the_roofline_is_no_bound_that
     assert "</i>30.0\u00a0s</div>" in page and "</i>38.0\u00a0s</div>" in page and "(the least possible)" in page
     faster = {"this_start": {**SUMMARY, "step_seconds": 20.0}}
     assert "(the least possible)" not in render_page(replace(RUN, summary=faster))
+
+
+def test_the_length_of_a_folded_value_is_that_of_what_is_shown() -> None:
+    """Of its JSON, in which a quotation mark has a backslash."""
+    sample = Excerpt(0, 0, "a text", "stop", 3, None, {"marks": ['"'] * 200, "text": "x" * 800})
+    page = render_page(replace(RUN, samples_shown={"first": (sample,)}))
+    shown = json.dumps(['"'] * 200)
+    assert (
+        f"<summary>{len(shown):,} characters</summary>{escape(shown)}" in page
+        and "<summary>800 characters</summary>xxx" in page
+    )
 
 
 def test_headings_of_samples_say_of_how_many_they_are() -> None:

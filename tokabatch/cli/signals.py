@@ -33,7 +33,7 @@ def stop_on_signals(
         if number not in seen:
             how = "; Ctrl-C again to stop at once" if number == signal.SIGINT else f" ({signal.Signals(number).name})"
             if number == signal.SIGUSR1 and reached:
-                how = f" (--deadline {reached[0]:g} is reached)"
+                how = f" (--deadline {reached[0]:.15g} is reached)"
             # On a terminal behind a display's last line, and with lines below for what the display will draw over.
             before, after = ("\n", "\n\n") if os.isatty(2) else ("", "")
             _say(f"{before}stopping: {doing}{how}\n{after}")

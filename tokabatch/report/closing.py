@@ -89,8 +89,12 @@ def judged_text(values: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "nothing" if value is None else f"{value:,.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    text = "nothing" if value is None else _number(value) if isinstance(value, float) else " ".join(str(value).split())
     return (text if len(text) <= _VALUE_CHARACTERS else f"{text[:_VALUE_CHARACTERS]} […]") or "an empty text"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _sample(sample: Excerpt, verify: Mapping[str, Any]) -> list[tuple[str, str]]:

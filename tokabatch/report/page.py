@@ -264,15 +264,13 @@ def _table(title: str, values: Mapping[str, Any]) -> str:
 def _value(value: Any) -> str:
     if value is None:
         return "<small>null</small>"
-    text = _cut(value)
+    text = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
     if len(text) <= _FOLDED:
         return escape(text)
-    return f"<details><summary>{counted(len(str(value)), 'character')}</summary>{escape(text)}</details>"
+    return f"<details><summary>{counted(len(text), 'character')}</summary>{escape(_cut(text))}</details>"
 
 
-def _cut(value: Any) -> str:
-    """Return a value as text of limited length; lists and objects become JSON."""
-    text = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
+def _cut(text: str) -> str:
     return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} […]"
 
 
