@@ -193,6 +193,10 @@ def test_a_page_of_scored_texts_shows_choices_and_log_probabilities():
     )
     assert "row 3, text 1 <small>4 tokens, log-probability -6.00, -1.50 per token</small><div>Rome.</div>" in page
     assert "[&quot; Rome.&quot;, &quot;Milan &lt;&quot;]" in page and "Longest" not in page
+    # No token is drawn: all that are computed are given.
+    assert ">prompt and text tokens a second</text>" in page and ">output tokens</text>" not in page
+    drawn = render_page(RUN)
+    assert ">output tokens</text>" in drawn and ">prompt tokens</text>" in drawn
     assert "<figcaption>Log-probability per token<small>lowest -1.50, median -1.00, highest -0.50" in page
 
 

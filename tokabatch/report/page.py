@@ -357,7 +357,7 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         title, unit = ("Output lengths", "output tokens of a sample") if run.per_token is None else ("Lengths", "scored tokens")
         figures.append((title, note, plots.histogram(run.lengths, unit, "samples" if run.per_token is None else "texts")))
     if len(run.steps.get("seconds", ())) > 1:
-        figures += step_figures(run.steps, whole=run.whole, shared=run.shared)
+        figures += step_figures(run.steps, whole=run.whole, shared=run.shared, scores=run.per_token is not None)
     s = run.summary.get("this_start", run.summary)
     last = ", last start" if s.get("earlier") else ""
     if s.get("prompt_tokens"):

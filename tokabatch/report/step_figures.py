@@ -14,9 +14,12 @@ from tokabatch.report import plots
 _POINTS = 400
 
 
-def step_figures(steps: Mapping[str, Float64], *, whole: bool, shared: bool) -> list[tuple[str, str, str]]:
+def step_figures(
+    steps: Mapping[str, Float64], *, whole: bool, shared: bool, scores: bool = False
+) -> list[tuple[str, str, str]]:
     """Return title, note and SVG of the figures over time. `whole` says whether the steps are those of all samples, `shared`
-    whether several processes made them side by side, each counting its own seconds."""
+    whether several processes made them side by side, each counting its own seconds, `scores` whether they score given texts,
+    whose tokens are computed as those of prompts are."""
     edges, means = _thin(steps, ("running", "waiting", "pages", "capacity"))
     rates = _rates(steps, edges)
     total = float(elapsed(steps).max())
@@ -24,7 +27,10 @@ def step_figures(steps: Mapping[str, Float64], *, whole: bool, shared: bool) -> 
         plots.Curve("output tokens", rates["sampled"], filled=True),
         plots.Curve("prompt tokens", rates["prefill"], plots.SECOND),
     )
-    drawn = plots.over_time(edges, [output, prefill], "tokens a second")
+    if scores:
+        drawn = plots.over_time(edges, [plots.Curve("", rates["tokens"], filled=True)], "prompt and text tokens a second")
+    else:
+        drawn = plots.over_time(edges, [output, prefill], "tokens a second")
     running = [plots.Curve("running", means["running"], filled=True), plots.Curve("waiting", means["waiting"], plots.SECOND)]
     kv = [plots.Curve("in use", means["pages"] / np.maximum(means["capacity"], 1), filled=True)]
     note = f"{counted(len(steps['seconds']), 'step')} in {seconds_text(total)}"
@@ -66,6 +72,6 @@ def _rates(steps: Mapping[str, Float64], edges: Float64) -> dict[str, Float64]:
     order = np.argsort(ends, kind="stable")
     ends = np.append(0.0, ends[order])
     spans = np.diff(edges, prepend=0.0)
-    counts = {"sampled": steps["sampled"], "prefill": steps["tokens"] - steps["decoded"]}
+    counts = {"sampled": steps["sampled"], "prefill": steps["tokens"] - steps["decoded"], "tokens": steps["tokens"]}
     totals = {name: np.concatenate(([0.0], np.cumsum(values[order]))) for name, values in counts.items()}
     return {n: np.diff(np.interp(edges, ends, total), prepend=0.0) / np.maximum(spans, 1e-12) for n, total in totals.items()}

@@ -11,8 +11,8 @@ from tokabatch.job.verify import verifier_names
 
 
 def expected_answers(verify: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
-    """Return the right answers to a row, by the section `verify` of its job, as texts that its verifier's `expected` gives; none
-    for a judge of one's own, or where the row does not have its columns any more."""
+    """Return the right answers to a row, by the section `verify` of its job, as texts that its verifier's `expected` gives;
+    none for a judge of one's own, or where the row does not have its columns any more."""
     if verify.get("kind") not in verifier_names():
         return []
     try:
