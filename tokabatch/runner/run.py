@@ -62,6 +62,7 @@ from tokabatch.runner.shared import ONE_WRITER, Shared, close_shared, cut_earlie
 from tokabatch.runner.stopping_replica import StoppingReplica
 from tokabatch.runner.supply import Supply
 from tokabatch.storage.listing import is_there
+from tokabatch.storage.write_errors import reason
 from tokabatch.workload.open_model import pick_device
 
 OF_THE_WORK = frozenset({"this_start", "output_path"})
@@ -169,11 +170,7 @@ def _run_in_folder(
         try:
             exit_code, complete = _complete(state, claim, leases, on_rows)
             tally = recorder.tally if supply is None else _tally(state, claim)
-            if exit_code == EXIT_COMPLETE and complete and 0 < tally.ok <= tally.unverified:
-                # No judge has worked, which a script would take for samples that are all wrong.
-                exit_code = EXIT_ERRORS
         except CommitError as error:
-            tell(str(error))
             replica.stop()
             exit_code = EXIT_STOPPED
             with suppress(OSError, TokabatchError):
@@ -182,7 +179,7 @@ def _run_in_folder(
                 shards = () if supply is not None else claimed_shards(claim)
                 if shards and (books := mark_success(claim, shards, started.left.samples_total)).closed:
                     exit_code, complete = _exit_code(books, job.errors.max_fraction, 0, None), True
-                    tell("every sample is committed and the run is complete; small files may be left that are not joined")
+            tell(_describe_unjoined(error) if complete else str(error))
             tally = _tally(state, claim)
             stalled = not complete and tally.ok + tally.errors + tally.cancelled == started.committed.samples
             if stalled and before.get("stalled"):
@@ -192,6 +189,9 @@ def _run_in_folder(
             # Whatever it is: what is finished is on disk before the caller hears of it.
             _commit_finished(state)
             raise
+        if exit_code == EXIT_COMPLETE and complete and 0 < tally.ok <= tally.unverified:
+            # No judge has worked, which a script would take for samples that are all wrong.
+            exit_code = EXIT_ERRORS
         steps = replica.steps()
         summary = _summary(claim.folder, summarise(state, tally, steps, profile, exit_code, stalled=stalled), tell)
         # A start that is killed has removed the summary and leaves none.
@@ -239,6 +239,11 @@ def _complete(state: RunState, claim: Claim, leases: Leases | None, on_rows: OnR
     stopped = exit_code or (0 if books.closed else state.stop.poll())
     abandoned = None if supply is None else supply.abandoned
     return _exit_code(books, job.errors.max_fraction, stopped, abandoned), books.closed
+
+
+def _describe_unjoined(error: CommitError) -> str:
+    why = f": {reason(error.__cause__)}" if isinstance(error.__cause__, OSError) else ""
+    return f"every sample is committed and the run is complete; small files may be left that are not joined{why}"
 
 
 def _summary(folder: OutputFolder, summary: RunSummary, tell: Callable[[str], None]) -> RunSummary:
