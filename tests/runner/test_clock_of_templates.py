@@ -58,3 +58,21 @@ def test_a_chat_template_sees_the_first_start(tmp_path: Path, seen: list[datetim
     assert plan(job("a", "b", "c", n=3)).first_prompt == shown
     run(job("a", "b", "c", n=3), overwrite=True)
     assert seen[-1] > first
+
+
+def test_a_run_that_takes_the_place_of_error_rows_alone_has_a_clock_of_its_own(tmp_path: Path, seen: list[datetime]) -> None:
+    model = tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path / "model"), CLOCK)
+    rows, manifest = tmp_path / "rows.jsonl", tmp_path / "out" / "manifest.json"
+    rows.write_text('{"prompt": "a"}\n')
+    given = {"model": {"path": str(model)}, "input": {"path": str(rows)}, "output": {"path": str(manifest.parent)}}
+    given |= {"generation": {"max_tokens": 3}, "engine": {"device": "cpu"}, "errors": {"max_fraction": 1.0}}
+    fault = Job.load(given, "prompt.template={{ prompt.no_such_field }}")
+    assert run(fault).ok == 0
+    then = json.loads(manifest.read_text())["started"]
+    time.sleep(1.1)
+    plan(Job.load(given))
+    assert run(Job.load(given)).ok == 1
+    started = json.loads(manifest.read_text())["started"]
+    assert started > then
+    first = datetime.fromisoformat(then).replace(tzinfo=None)
+    assert len(seen) >= 2 and min(seen) > first and seen[-1] == datetime.fromisoformat(started).replace(tzinfo=None)

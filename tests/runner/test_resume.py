@@ -782,7 +782,7 @@ def test_samples_without_a_manifest_belong_to_no_run(go, model, rows, tmp_path):
 
 
 @pytest.mark.parametrize("retry_errors", [False, True])
-def test_a_run_of_error_rows_alone_gives_way_to_a_corrected_job(retry_errors, model, rows, go, tmp_path):
+def test_a_run_of_error_rows_alone_gives_way_to_a_corrected_job(retry_errors, model, rows, go, tmp_path, monkeypatch):
     fault = {"template": "{{ question.no_such_field }}"}
     assert go(prompt=fault).ok == 0
     corrected = job(model, rows, tmp_path / "out")
@@ -796,7 +796,8 @@ def test_a_run_of_error_rows_alone_gives_way_to_a_corrected_job(retry_errors, mo
     assert (summary.ok, summary.errors, summary.exit_code) == (len(ROWS) * N, 0, 0)
     assert any("holds only error rows, of a job that differs" in text for text in told.texts)
     assert check(tmp_path / "out").exit_code == 0
-    # One good sample is worth keeping.
+    # One good sample is worth keeping, and no shard is read to see that.
+    monkeypatch.setattr(same_job, "sampled_rows", lambda *_: pytest.fail("a shard was read"))
     with pytest.raises(OutputError, match="holds the run of another job"):
         go(prompt=fault)
 

@@ -71,7 +71,8 @@ def run(
 
     A run that is in the output folder already is continued: however it ended, the same command computes what is missing.
     Engine settings other than kv_cache_dtype may change, generation.n may be raised and rows added at the end of the
-    input. Any other change that affects the output is refused with a list of the differences.
+    input. Any other change that affects the output is refused with a list of the differences, unless the run has only
+    error rows: then it is started over.
 
     \b
     Examples

@@ -62,6 +62,11 @@ class EarlierRun:
         if not self.replaceable:
             return False
         with suppress(OutputError):
+            record = self.folder.record()
+            states = () if record is None else record.versions.values()
+            if any(shard is not None and shard.ok for known in states for shard in known[-1:]):
+                # Without reading a shard.
+                return False
             shards = consistently(lambda: recorded_shards(self.folder, self.manifest), self.folder.path)
             good, bad = consistently(lambda: sampled_rows(self.folder, self.manifest.rows), self.folder.path)
             return bool(shards) and bool(bad.any()) and not good.any()

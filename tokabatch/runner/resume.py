@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def start(
     run of another job that has only error rows is deleted."""
     folder = claim.folder
     earlier = None if reuse.overwrite else find_run(folder, retry_errors=reuse.retry_errors, replaceable=replaceable)
-    clock = earlier.manifest.started if earlier else datetime.now().astimezone().isoformat(timespec="seconds")
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    clock = cache(lambda: earlier.manifest.started if earlier and not earlier.worthless else now)
     scratch = folder.temporary / "input"
     with reading_input(folder.path), reading():
         scratch.mkdir()
@@ -126,10 +128,10 @@ def start(
         if earlier is not None and earlier.worthless:
             workload = workload.with_notes(earlier.describe_worthless())
             claim.discard()
-            _write_start(job, claim, workload, describe_run(job, workload, clock), ())
+            _write_start(job, claim, workload, describe_run(job, workload, clock()), ())
             started = Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)
         elif earlier is not None and found is not None:
-            manifest = describe_run(job, workload, clock, earlier.manifest, found.run)
+            manifest = describe_run(job, workload, clock(), earlier.manifest, found.run)
             started = _continue(job, claim, workload, manifest, earlier, found, reuse, tell, on_rows)
         else:
             if reuse.overwrite:
@@ -138,7 +140,7 @@ def start(
                     size = counted(sum(shard.bytes for shard in shards), "byte")
                     tell(f"--overwrite: deleting {counted(len(shards), 'file')}, {size}, of the run in {folder.path}")
                 claim.discard()
-            _write_start(job, claim, workload, describe_run(job, workload, clock), ())
+            _write_start(job, claim, workload, describe_run(job, workload, clock()), ())
             started = Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)
     except OSError as error:
         # Nothing has been computed: the job is refused.
@@ -240,7 +242,6 @@ def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gp
     of the device, and of the dtype that follows it, if the plan is for a GPU that is not in this machine."""
     folder = OutputFolder(Path(job.output.path))
     earlier = find_run(folder, replaceable=True)
-    clock = earlier.manifest.started if earlier else ""
     elsewhere = absent_gpu and job.model.dtype == "auto"
 
     def compare(now: Fingerprint, *rows: Any) -> None:
@@ -248,7 +249,16 @@ def preview(job: Job, scratch: Path, on_rows: OnRows | None = None, *, absent_gp
             earlier.compare(replace(now, settings={**now.settings, "model.dtype": UNKNOWN}) if elsewhere else now, *rows)
 
     begun = earlier is not None and bool(folder.shards())
-    workload = prepare(job, scratch, on_rows, weights=False, compare=compare, clock=clock, absent_gpu=absent_gpu, begun=begun)
+    workload = prepare(
+        job,
+        scratch,
+        on_rows,
+        weights=False,
+        compare=compare,
+        clock=lambda: earlier.manifest.started if earlier and not earlier.worthless else "",
+        absent_gpu=absent_gpu,
+        begun=begun,
+    )
     if earlier is None:
         workload = workload.with_notes(describe_others(folder))
         return Start.after(nothing_committed(workload.samples_of_row), workload, job, folder)

@@ -189,7 +189,7 @@ def _start(
         claim.files.remove_tree(scratch)
         scratch.mkdir()
         compare, begun = (earlier.compare, bool(folder.shards())) if earlier else (None, False)
-        workload = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=clock, begun=begun)
+        workload = prepare(job, scratch, on_rows, compare=compare, kept=folder.input, clock=lambda: clock, begun=begun)
     start_of = _start_of(workload)
     # Those of a complete run, from which none is taken.
     units = Units(start_of, np.zeros(int(start_of[-1]), np.int32), 1)

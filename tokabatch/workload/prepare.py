@@ -136,7 +136,7 @@ def prepare(
     weights: bool = True,
     compare: Compare | None = None,
     kept: Path | None = None,
-    clock: str = "",
+    clock: Callable[[], str] = str,
     absent_gpu: bool = False,
     begun: bool = False,
 ) -> Workload:
@@ -144,10 +144,10 @@ def prepare(
 
     `on_rows` is called with the numbers of rows and error rows read so far. Weights that are still on the hub are downloaded
     last, and only if `weights` is True; otherwise a local model needs none, either. `kept` may hold the tokenised input of an
-    earlier start, which is reused if it is the same job's. `clock` is the time that templates see. `compare` is called as soon
-    as there is more to compare with an earlier run: settings, rows, weights. `absent_gpu`: plan for a GPU that is not in this
-    machine. `begun`: samples of the run are committed, which is continued even if no row can be judged. Raises UsageError for
-    whatever cannot work.
+    earlier start, which is reused if it is the same job's. `compare` is called as soon as there is more to compare with an
+    earlier run: settings, rows, weights. `clock` returns the time that templates see, once the settings are compared.
+    `absent_gpu`: plan for a GPU that is not in this machine. `begun`: samples of the run are committed, which is continued even
+    if no row can be judged. Raises UsageError for whatever cannot work.
     """
     pool = None if job.verify is None else open_pool(job.verify)
     judge = None if pool is None else pool.load()
@@ -168,8 +168,8 @@ def prepare(
     compare = compare or _accept
     fingerprint = _fingerprint(job, model)
     compare(fingerprint, None, NO_PLACES)
-    limits = Limits(spec.context_length, spec.vocab_size)
-    origin = None if kept is None else describe_origin(job, fingerprint, generation, limits, clock)
+    limits, now = Limits(spec.context_length, spec.vocab_size), clock()
+    origin = None if kept is None else describe_origin(job, fingerprint, generation, limits, now)
     taken_over = load_kept(kept, origin) if kept and origin else None
     store = taken_over or ingest(
         job,
@@ -179,7 +179,7 @@ def prepare(
         generation=generation,
         vocab_size=limits.vocab_size,
         on_rows=on_rows,
-        clock=clock,
+        clock=now,
     )
     fingerprint = fingerprint.with_rows(store.digests)
     compare(fingerprint, store.digests, store.places)
