@@ -117,6 +117,15 @@ def test_whole_floats_are_ids_as_pandas_writes_them_beside_a_missing_one(tmp_pat
     assert {row: error.code for row, error in store.errors.items()} == {2: "missing_field", 3: "missing_field", 4: "bad_type"}
     for row in (2, 3):
         assert "remove input.id_column to number the rows" in store.errors[row].message
+    assert "is the floating-point number 9007199254740992.0, which is not exact from 2^53 on" in store.errors[4].message
+
+
+def test_floats_of_32_bits_are_ids_only_where_they_are_exact(tmp_path: Path, ingest_job: Ingest) -> None:
+    ids = pa.array([2.0**24 - 1, 2.0**24 + 2], pa.float32())
+    pq.write_table(pa.table({"prompt": ["x"] * 2, "key": ids}), tmp_path / "rows.parquet")
+    store = ingest_job(tmp_path / "rows.parquet", input={"id_column": "key"})
+    assert store.ids(np.arange(2)).to_pylist() == ["16777215", None]
+    assert "not exact from 2^24 on; give ids as integers or text" in store.errors[1].message
 
 
 def test_ids_of_other_types_are_faults(write_rows: Write, ingest_job: Ingest) -> None:

@@ -27,15 +27,18 @@ from tokabatch.input.store.disk_arrays import ArraySpool, Texts, TextSpool
 
 NULL = b"\xff"  # no UTF-8 text
 LISTED = 10
-_EXACT = 2**53
-"""From here on, several whole numbers are the same float."""
+_EXACT_BITS = {pa.float16(): 11, pa.float32(): 24}
+_BITS = 53
+"""From two to this power on, several whole numbers are the same float; of a column of a shorter type, as above."""
 
 
 class IdSpool:
-    """Collects the ids of `column`; `of_requests` if messages should call them custom_ids."""
+    """Collects the ids of `column`, of the type `kind` where the format has types; `of_requests` if messages should call them
+    custom_ids."""
 
-    def __init__(self, path: Path, column: str, of_requests: bool = False) -> None:
+    def __init__(self, path: Path, column: str, of_requests: bool = False, kind: pa.DataType | None = None) -> None:
         self.column = column
+        self._bits = _BITS if kind is None else _EXACT_BITS.get(kind, _BITS)
         self._of_requests = of_requests
         self._texts = TextSpool(path)
         self._checks = (path.with_suffix(".digests"), path.with_suffix(".rows"))
@@ -44,7 +47,7 @@ class IdSpool:
 
     def append(self, rows: Sequence[Row]) -> dict[int, RowError]:
         """Keep the rows' ids; return the errors of rows without one, by row number."""
-        ids = [row_id(row, self.column) for row in rows]
+        ids = [row_id(row, self.column, self._bits) for row in rows]
         texts = [NULL if isinstance(each, RowError) else each.encode() for each in ids]
         good = [(row.index, text) for row, text in zip(rows, texts, strict=True) if text != NULL]
         self._texts.append(texts)
@@ -83,8 +86,9 @@ class IdSpool:
         return texts
 
 
-def row_id(row: Row, column: str) -> str | RowError:
-    """Return the id of one row, or an error; for a row that could not be parsed, its own."""
+def row_id(row: Row, column: str, bits: int = _BITS) -> str | RowError:
+    """Return the id of one row, or an error; for a row that could not be parsed, its own. `bits` is the precision of its
+    floating-point numbers."""
     if row.columns is None:
         return row.error or RowError("missing_field", "the row could not be read")
     value: Any = row.columns.get(column)
@@ -92,8 +96,14 @@ def row_id(row: Row, column: str) -> str | RowError:
         return row.error or _without_id(missing_field(column, row.columns))
     if isinstance(value, float) and isnan(value):
         return row.error or _without_id(RowError("missing_field", f"the column {column!r} is NaN in this row"))
-    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+    if isinstance(value, float) and value.is_integer():
         # As which pandas keeps whole numbers where one is missing.
+        if abs(value) >= 2**bits:
+            return RowError(
+                "bad_type",
+                f"the id in column {column!r} is the floating-point number {value}, which is not exact from 2^{bits} on; give "
+                "ids as integers or text",
+            )
         value = int(value)
     if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         value = int(value)

@@ -251,7 +251,9 @@ class _Spools:
             others=carried == "all" or job.verify is not None,
         )
         of_requests = job.input.format == "openai"
-        self._ids = IdSpool(folder / _IDS, job.input.id_column, of_requests) if job.input.id_column else None
+        key, schema = job.input.id_column, reader.schema
+        kind = schema.field(key).type if key is not None and schema is not None and key in schema.names else None
+        self._ids = IdSpool(folder / _IDS, key, of_requests, kind) if key else None
         self._sampling: dict[SamplingParams, int] = {}
         self.errors: dict[int, RowError] = {}
         self.names: dict[str, None] = dict.fromkeys(reader.schema.names) if reader.schema is not None else {}
