@@ -456,7 +456,7 @@ MISTAKES = [
         "cannot be written: No such file or directory; name a file in a folder that you may write to",
     ),
     (("download", "./x"), r"no such folder \(looked in /.*\)\. MODEL must be a model's folder or a hub id"),
-    (("check", "nothing"), "no run has written here; give the folder named as output.path"),
+    (("check", "nothing"), "no run has written here; give the folder that the job names as output.path"),
     (("plan", Q, "output.path=r.jsonl"), r"name a folder, such as r\. `tokabatch export r --to r\.jsonl` then writes one file"),
     (("keys", "server.prt"), r"did you mean `server\.port`\?"),
 ]

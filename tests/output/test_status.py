@@ -14,12 +14,14 @@ from tokabatch.cli import folder as commands
 from tokabatch.errors import OutputError
 from tokabatch.input.fingerprint import Fingerprint
 from tokabatch.output.claim import Claim
+from tokabatch.output.integrity import check
 from tokabatch.output.lock import is_claimed
 from tokabatch.output.manifest import Manifest, Versions, mark_success, write_manifest
 from tokabatch.output.schema import CORRECT
 from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.output.status import Pace, read_pace, read_status
 from tokabatch.report.folder_state import next_section, status_sections
+from tokabatch.runner.score import score
 
 SCHEMA = pa.schema([("row_index", pa.int64()), ("status", pa.string()), CORRECT])
 MANIFEST = Manifest(
@@ -114,7 +116,13 @@ def test_a_run_that_is_not_verified(tmp_path: Path) -> None:
     assert status.state == "incomplete"
     shown = str(status_sections({"state": status.state, **asdict(status)}))
     assert "manifest.json, without which it is unknown which job these samples belong to" in shown
-    assert "manifest.json from a copy" in str(next_section(tmp_path / "out", {**asdict(status), "pending": None}))
+    assert "restored from a copy" in shown
+    # A column of commands, to be pasted.
+    advice = next_section(tmp_path / "out", {**asdict(status), "pending": None})
+    assert all(command.startswith("tokabatch ") for section in advice for command, _ in section.rows)
+    for command in (check, score):
+        with pytest.raises(OutputError, match=r"holds 1 file of samples but no manifest\.json.*Restore manifest\.json from a"):
+            command(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -162,3 +170,13 @@ def test_damage_is_named(tmp_path: Path) -> None:
         (out / "manifest.json").write_text(content)
         with pytest.raises(OutputError, match=message):
             read_status(out)
+    # What nothing shows to be a run's is not overwritten.
+    for content in ("{", "[" * 100_000):
+        (out / "manifest.json").write_text(content)
+        with pytest.raises(OutputError, match=r"cannot be read as JSON.* or move it away and start over with --overwrite\."):
+            read_status(out)
+    with Claim(tmp_path / "other") as claim:
+        claim.begin("run", {}, (), "")
+        claim.write(claim.folder.manifest, b"{", keep=True)
+        with pytest.raises(OutputError, match=r"from a copy, or start over with --overwrite\."):
+            read_status(tmp_path / "other")

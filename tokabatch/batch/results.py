@@ -29,7 +29,7 @@ from tokabatch.openai.requests import Request
 from tokabatch.openai.responses import Answer, Echo, Head, Sample, Spell, Tokens, build_response
 from tokabatch.output.export import committed_shards, open_ordered
 from tokabatch.output.folder import OutputFolder
-from tokabatch.output.manifest import Manifest, read_manifest
+from tokabatch.output.manifest import Manifest, read_manifest, without_manifest
 from tokabatch.output.plain_json import to_json
 from tokabatch.output.schema import CANCELLED
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
@@ -83,7 +83,7 @@ def write_results(
     folder, errors = OutputFolder(path), errors or errors_file(results)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise OutputError(f"{path}: no run has written here; give the folder that the job names as output.path")
+        raise without_manifest(folder)
     check_targets(folder, results, errors)
     lines = _Lines(manifest, model or str(manifest.job["model"]["path"]), requests)
     try:

@@ -22,7 +22,7 @@ from tokabatch.forecast.token_budget import assumed_survival, expected_seconds
 from tokabatch.job import Job
 from tokabatch.model.families import read_spec
 from tokabatch.output.folder import OutputFolder
-from tokabatch.output.manifest import read_manifest, read_summary
+from tokabatch.output.manifest import read_manifest, read_summary, without_manifest
 from tokabatch.output.steps import REPLICA, read_steps
 from tokabatch.report.outlook import Outlook, Trial
 from tokabatch.scheduling.contracts import Requests
@@ -122,7 +122,7 @@ def profile_run(out: Path, target: Path, device: str | None = None) -> Profile:
     folder = OutputFolder(out)
     manifest, columns = read_manifest(folder), consistently(lambda: read_steps(folder), out)
     if manifest is None:
-        raise OutputError(f"{out}: no run has written here; give the folder that the job names as output.path")
+        raise without_manifest(folder)
     if columns is None:
         raise OutputError(f"{out}: no record of steps; a run writes steps-00000.parquet when it ends")
     if target.exists():

@@ -21,7 +21,7 @@ from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import Fault, inspect
 from tokabatch.output.journal import Shard
 from tokabatch.output.lock import is_claimed
-from tokabatch.output.manifest import Books, read_manifest
+from tokabatch.output.manifest import Books, read_manifest, without_manifest
 from tokabatch.output.remedy import num_of_other_judges, repair_command
 from tokabatch.output.shards import count_cancelled, count_ok, damaged, open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently
@@ -89,8 +89,9 @@ def _check(folder: OutputFolder) -> CheckedFolder:
     running = is_claimed(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        why = "a run is starting there; try again later" if running else "give the folder named as output.path"
-        raise OutputError(f"{folder.path} holds no manifest.json, so no run has written here; {why}")
+        if not running:
+            raise without_manifest(folder)
+        raise OutputError(f"{folder.path} holds no manifest.json yet: a run is starting there; try again later")
     inspected = inspect(folder, manifest)
     faults = list(inspected.faults)
     read: list[tuple[Shard, Int64]] = []

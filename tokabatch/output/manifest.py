@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokabatch import __version__
-from tokabatch.errors import DamageError, ForeignFileError
+from tokabatch.errors import DamageError, ForeignFileError, OutputError
 from tokabatch.input.fingerprint import Fingerprint, is_of_verify
+from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
-from tokabatch.output.foreign_files import RUN_KEY, is_manifest
+from tokabatch.output.foreign_files import RUN_KEY, has_manifest, is_manifest
 from tokabatch.output.journal import Shard
 from tokabatch.output.plain_json import to_document, to_json
 from tokabatch.storage.atomic_files import NewFile, publish
@@ -210,7 +211,7 @@ def mark_success(claim: Claim, shards: Sequence[Shard], samples: int) -> Books:
 
 def read_success(folder: OutputFolder) -> Success | None:
     """Return OUT/_SUCCESS, or None if the run is not complete. Raises DamageError if it is damaged."""
-    document = _read(folder, folder.success, "Run the same command again, which writes it.")
+    document = _read(folder, folder.success)
     if document is None:
         return None
     try:
@@ -225,7 +226,7 @@ def read_success(folder: OutputFolder) -> Success | None:
 def read_manifest(folder: OutputFolder) -> Manifest | None:
     """Return OUT/manifest.json, or None if there is none. Raises DamageError if it is damaged, ForeignFileError if no run wrote
     it."""
-    document = _read(folder, folder.manifest, "Restore it from a copy, or start over with --overwrite.")
+    document = _read(folder, folder.manifest)
     if document is None:
         return None
     if not is_manifest(document):
@@ -240,9 +241,20 @@ def read_manifest(folder: OutputFolder) -> Manifest | None:
         ) from error
 
 
+def without_manifest(folder: OutputFolder) -> OutputError:
+    """Return the error of a folder without a manifest: no run has written there, or its manifest is lost."""
+    shards = folder.shards()
+    if not shards:
+        return OutputError(f"{folder.path}: no run has written here; give the folder that the job names as output.path")
+    return OutputError(
+        f"{folder.path} holds {counted(len(shards), 'file')} of samples but no manifest.json, without which it is unknown "
+        "which job they belong to. Restore manifest.json from a copy."
+    )
+
+
 def read_summary(folder: OutputFolder) -> dict[str, Any]:
     """Return OUT/summary.json; empty if there is none. Raises DamageError if it is damaged."""
-    return _read(folder, folder.summary, "Run the same command again, which writes it.") or {}
+    return _read(folder, folder.summary) or {}
 
 
 def _sealed(value: Mapping[str, Any]) -> bytes:
@@ -253,18 +265,26 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_document(value)).hexdigest()
 
 
-def _read(folder: OutputFolder, path: Path, remedy: str) -> dict[str, Any] | None:
+def _remedy(folder: OutputFolder, path: Path) -> str:
+    if path != folder.manifest:
+        return "Run the same command again, which writes it."
+    # One that nothing shows to be a run's is not overwritten.
+    first = "" if has_manifest(folder) else "move it away and "
+    return f"Restore it from a copy, or {first}start over with --overwrite."
+
+
+def _read(folder: OutputFolder, path: Path) -> dict[str, Any] | None:
     content = read_bytes(folder.files, path)
     if content is None:
         return None
     try:
         document = json.loads(content)
-    except ValueError as error:
-        raise DamageError(f"{path} is damaged: it cannot be read as JSON ({error}). {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{path} is damaged: it cannot be read as JSON ({error}). {_remedy(folder, path)}") from error
     if not isinstance(document, dict):
-        raise DamageError(f"{path} is damaged: it holds no JSON object. {remedy}")
+        raise DamageError(f"{path} is damaged: it holds no JSON object. {_remedy(folder, path)}")
     found = cast("dict[str, Any]", document)
     digest = found.pop(_DIGEST, None)
     if digest is not None and digest != _digest(found):
-        raise DamageError(f"{path} is damaged: it is not what the run wrote. {remedy}")
+        raise DamageError(f"{path} is damaged: it is not what the run wrote. {_remedy(folder, path)}")
     return found

@@ -35,9 +35,8 @@ def status_sections(values: Mapping[str, Any], pace: Mapping[str, float | None] 
         label, meaning = _EXPLAINED.get(name, (_LABELS.get(name, name), ""))
         rows.append((label.replace("_", " "), f"{text}{meaning}"))
     if values.get("samples") is None and values.get("state") == "incomplete":
-        rows.append(
-            ("missing", "manifest.json, without which it is unknown which job these samples belong to, and how many it has")
-        )
+        lost = "manifest.json, without which it is unknown which job these samples belong to, and how many it has"
+        rows.append(("missing", f"{lost}; restored from a copy, it lets the run be continued"))
     return (Section("Status", (*rows, *_pace(pace or {}))),)
 
 
@@ -47,7 +46,6 @@ def next_section(out: Path, values: Mapping[str, Any]) -> tuple[Section, ...]:
     if values["state"] == "running":
         rows = [(f"watch -n 10 tokabatch status {folder}", "shows this every 10 seconds")]
     if values["state"] == "incomplete" and values["pending"] is None:
-        rows.append((f"restore {quote(str(out / 'manifest.json'))} from a copy", "then the run can be continued"))
         rows.append((f"tokabatch export {folder} --to samples.jsonl", "the samples that are there in one file"))
     if values["errors"]:
         rows.append((f"tokabatch errors {folder}", "lists the error rows"))

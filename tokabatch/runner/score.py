@@ -40,6 +40,7 @@ from tokabatch.output.manifest import (
     read_job,
     read_manifest,
     read_summary,
+    without_manifest,
     write_manifest,
     write_summary,
 )
@@ -204,7 +205,7 @@ def score_to(
 def _manifest(folder: OutputFolder) -> Manifest:
     manifest = read_manifest(folder)
     if manifest is None:
-        raise OutputError(f"{folder.path}: no run has written here; give the folder that the job names as output.path")
+        raise without_manifest(folder)
     return manifest
 
 
