@@ -17,6 +17,7 @@ from tokabatch.output import foreign_files
 from tokabatch.output.claim import Claim
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.foreign_files import refuse_foreign
+from tokabatch.output.probe import describe_others
 from tokabatch.output.shard_writer import ShardWriter
 from tokabatch.storage.atomic_files import DurableFiles
 
@@ -108,6 +109,7 @@ def test_a_users_many_files_are_not_looked_at(tmp_path: Path) -> None:
         (tmp_path / f"{number}.txt").touch()
     files = Counting()
     refuse_foreign(OutputFolder(tmp_path, files))
+    assert "100 other files" in describe_others(OutputFolder(tmp_path, files))[0]
     assert files.looks < 50
 
 

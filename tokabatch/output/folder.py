@@ -22,7 +22,7 @@ from pathlib import Path
 from tokabatch.output.journal import Record, merged, read_record
 from tokabatch.output.shard_names import is_shard_name
 from tokabatch.storage.atomic_files import DurableFiles
-from tokabatch.storage.listing import ListedFile, list_files
+from tokabatch.storage.listing import ListedFile, list_files, list_names
 
 _JOURNAL_NAME = re.compile(r"commits-.+\.jsonl")
 _STEPS_NAME = re.compile(r"steps-\d{5,}\.parquet")
@@ -77,7 +77,7 @@ class OutputFolder:
         own = {path.name for path in vars(self).values() if isinstance(path, Path)} | {"report.html"}
         return [
             name
-            for name in (file.path.name for file in list_files(self.files, self.path))
+            for name in list_names(self.files, self.path)
             if not (name in own or name.startswith(".") or name.endswith(_BESIDE) or _STEPS_NAME.fullmatch(name))
         ]
 

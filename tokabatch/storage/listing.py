@@ -77,14 +77,16 @@ def list_files(
 ) -> tuple[ListedFile, ...]:
     """List everything in `folder` whose name is `wanted`, by name; nothing if there is no such folder. Raises OutputError if it
     cannot be listed."""
+    listed = (_listed(files, folder / name) for name in list_names(files, folder) if wanted(name))
+    return tuple(file for file in listed if file is not None)
+
+
+def list_names(files: DurableFiles, folder: Path) -> list[str]:
+    """List the names in `folder`, without a look at what they name. Raises OutputError if it cannot be listed."""
     try:
-        if files.look(folder) is None:
-            return ()
-        names = files.names(folder)
+        return [] if files.look(folder) is None else files.names(folder)
     except OSError as error:
         raise unreadable(folder, error) from error
-    listed = (_listed(files, folder / name) for name in names if wanted(name))
-    return tuple(file for file in listed if file is not None)
 
 
 def is_there(files: DurableFiles, path: Path) -> bool:
