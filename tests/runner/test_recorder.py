@@ -49,7 +49,7 @@ def test_the_reasons_that_occur_most_are_told_first(write: Write, tmp_path: Path
     judge = tmp_path / "judge.py"
     judge.write_text("def verify(text, row): raise ValueError('often' if int(row['answer']) else 'rare')")
     summary = scripted_run(write(answer=str), tmp_path / "out", verify={"kind": str(judge)})
-    assert summary.unverified_reasons == ("often (18 samples)", "rare (2 samples)")
+    assert summary.unverified_reasons == ("ValueError: often in line 1 (18 samples)", "ValueError: rare in line 1 (2 samples)")
 
 
 def fails_for_row(monkeypatch: pytest.MonkeyPatch, row: int, whole: object = None) -> None:

@@ -47,6 +47,7 @@ from tokabatch.runner.score import score, score_to
 from tokabatch.scheduling.contracts import NOT_JUDGED
 
 OLD = {"kind": "gsm8k", "answer": "answer"}
+THREE = "ValueError: three in line 3"
 VERDICTS = ("correct", "verify_score", "verify_error", "extracted", "length")
 
 
@@ -84,7 +85,7 @@ def check_even(out: Path) -> None:
         number = row["row_index"]
         judged = row["status"] == "ok" and number != 3
         assert row["correct"] is (number % 2 == 0 if judged else None), row
-        assert row["verify_error"] == ("three" if number == 3 else None)
+        assert row["verify_error"] == (THREE if number == 3 else None)
         assert row["length"] == (len(row["text"]) if judged else None)
 
 
@@ -127,7 +128,7 @@ def test_another_judge(before: dict[str, str] | None, rows: Path, judge: Path, t
     scripted_run(rows, out, output=output, **({"verify": before} if before else {}))
     computed = without_verdicts(out)
     scored = score(out, [f"verify.kind={judge}", "verify.answer=null"] if before else [f"verify={{kind: {judge}}}"])
-    assert (scored.judged, scored.reasons) == (24, {"three": 2}) and scored.files > 1
+    assert (scored.judged, scored.reasons) == (24, {THREE: 2}) and scored.files > 1
     check_even(out)
     assert without_verdicts(out) == computed
     found = check(out)
@@ -135,7 +136,7 @@ def test_another_judge(before: dict[str, str] | None, rows: Path, judge: Path, t
     manifest = read_manifest(OutputFolder(out))
     assert manifest is not None and manifest.job["verify"]["kind"] == str(judge)
     again = score(out)
-    assert (again.judged, again.files, again.reasons) == (2, 1, {"three": 2})
+    assert (again.judged, again.files, again.reasons) == (2, 1, {THREE: 2})
     with scripted_engine():
         assert run(scripted_job(rows, out, output=output, verify={"kind": str(judge)})).ok == 24
         # The suggested command does what it says.
@@ -553,7 +554,7 @@ def test_a_sample_whose_text_was_not_written_keeps_its_reason(rows: Path, judge:
 
     rewrite(out, lose)
     assert score(out).judged == 1, "the other sample of row 3"
-    assert verdicts() == [(None, "three"), (True, None), (None, NO_TEXT)]
+    assert verdicts() == [(None, THREE), (True, None), (None, NO_TEXT)]
     status = read_status(out)
     assert (status.without_verdict, status.unjudged) == (1, 0)
     # Another judge has said nothing of them, and cannot.
@@ -573,7 +574,7 @@ def test_a_judge_without_any_verdict_costs_no_earlier_ones(rows: Path, judge: Pa
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.suffix in (".parquet", ".json")}
     for verify, told in (
         ("{kind: regex, answer: answer, options: {pattern: '('}}", r"pattern '\(' is not a valid regular expression"),
-        (f"{{kind: {judge}:verdict}}", "no verdict for any of the first .*KeyError: 'anser'.* stay as they are"),
+        (f"{{kind: {judge}:verdict}}", "no verdict for any of the first .*KeyError: 'anser' in line .* stay as they are"),
     ):
         judge.write_text(judge.read_text() + "\ndef verdict(text, row): return row['anser'] in text\n")
         with pytest.raises(JobError, match=told):
@@ -590,7 +591,7 @@ def test_a_killed_one_continues_with_a_file_that_the_judge_fails_on(
     scripted_run(rows, out, verify=OLD, output={"rows_per_shard": 2})
     with killed_after_a_file(monkeypatch):
         score(out, [f"verify.kind={judge}", "verify.answer=null"])
-    assert score(out).reasons["KeyError: 'late'"] == 22 and check(out).exit_code == 0
+    assert score(out).reasons["KeyError: 'late' in line 2"] == 22 and check(out).exit_code == 0
 
 
 def test_error_rows_are_no_samples_without_a_verdict(rows: Path, judge: Path, tmp_path: Path) -> None:
@@ -662,7 +663,7 @@ def test_beside_a_run_the_verdicts_go_into_a_file(rows: Path, judge: Path, tmp_p
     overrides = [f"verify.kind={judge}", "verify.answer=null"]
     with Claim(out):
         scored = score_to(out, target, overrides)
-    assert (scored.judged, scored.reasons, scored.done) == (24, {"three": 2}, 26)
+    assert (scored.judged, scored.reasons, scored.done) == (24, {THREE: 2}, 26)
     assert {path: path.read_bytes() for path in files} == before
     verdicts = pq.read_table(target).sort_by([("row_index", "ascending"), ("sample_index", "ascending")]).to_pylist()
     score(out, overrides)

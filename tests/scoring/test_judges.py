@@ -57,7 +57,14 @@ def samples(out: Path) -> list[dict[str, Any]]:
 
 
 HOSTILE = {
-    "raises": ("raise KeyError('no')", "KeyError: 'no'"),
+    "raises": ("raise KeyError('no')", "KeyError: 'no' in line 6"),
+    "raises in a library": (
+        "return __import__('json').loads('')",
+        "JSONDecodeError: Expecting value: line 1 column 1 (char 0) in line 6",
+    ),
+    "raises a ValueError": ("return int('')", "ValueError: invalid literal for int() with base 10: '' in line 6"),
+    "raises without words": ("raise RuntimeError", "RuntimeError in line 6"),
+    "raises at length": ("raise RuntimeError('x' * 500)", "x in line 6"),
     "hangs": ("time.sleep(600)", "no verdict within 2 s"),
     "hangs deaf": ("[signal.signal(n, signal.SIG_IGN) for n in (1, 2, 15)]; time.sleep(600)", "no verdict within 2 s"),
     "eats memory": ("bytearray(1 << 40)", "MemoryError"),

@@ -61,7 +61,7 @@ def test_a_file_outside_the_package_judges_the_samples(rows, tmp_path):
     assert len(samples) == 18
     assert all(sample["correct"] is {0: True, 1000: False, None: None}[sample["least"]] for sample in samples)
     assert summary.pass_at_k == {1: pytest.approx(1 / 3), 2: pytest.approx(1 / 3)}
-    assert summary.unverified_reasons == ("the reference is no number of letters (6 samples)",)
+    assert summary.unverified_reasons == ("ValueError: the reference is no number of letters in line 13 (6 samples)",)
     assert scripted_run(rows, tmp_path / "out", verify=verify).ok == 18
     own.write_text(OWN.replace(">=", "<="))
     with pytest.raises(OutputError, match=r"verifier/.*length\.py: [\d,]+ bytes, sha256 .* then"):

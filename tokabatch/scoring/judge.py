@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from traceback import extract_tb
+from traceback import extract_tb, walk_tb
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +38,7 @@ COLUMN_TYPES: Mapping[type, str] = {str: "string", int: "int64", float: "float64
 """The types that a judge's columns may have, and the Arrow type of each."""
 
 
+_VERIFIERS = Path(__file__).with_name("verifiers")
 _TEXTS = frozenset({"text", "texts", "completion", "completions", "response", "responses", "prediction", "predictions"})
 _ROWS = frozenset({"row", "rows"})
 _REFERENCES = frozenset({"reference", "answer", "expected", "gold", "ground_truth"})
@@ -112,6 +113,7 @@ class Judge:
 
     def __init__(self, spec: JudgeSpec) -> None:
         module = _load(spec)
+        self._file = getattr(module, "__file__", None)
         function = getattr(module, spec.function, None)
         if not callable(function):
             own = [
@@ -147,7 +149,7 @@ class Judge:
             try:
                 check_options(**named)
             except BaseException as error:
-                raise ValueError(_reason(error)) from error
+                raise ValueError(self._reason(error, of_check=True)) from error
         if self._check is not None:
             self._check_options = self._named(self._check)
             _refuse_call("check", self._check, ({},), self._check_options)
@@ -176,7 +178,7 @@ class Judge:
         try:
             self._check(row, **self._check_options)
         except BaseException as error:
-            return _reason(error)
+            return self._reason(error, of_check=True)
         return None
 
     def verdicts(self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
@@ -191,7 +193,7 @@ class Judge:
                 raise ValueError(f"it returned {counted(len(returned), 'verdict')} for {counted(len(texts), 'text')}")
         except BaseException as error:
             if len(texts) == 1:
-                return [Verdict.none(_reason(error))]
+                return [Verdict.none(self._reason(error))]
             # One of them is at fault: judge them one by one, so that the others keep their verdicts.
             return [verdict for text, row in zip(texts, rows, strict=True) for verdict in self.verdicts([text], [row])]
         return [self._verdict(lambda value=value: value) for value in returned]
@@ -219,7 +221,22 @@ class Judge:
             score = float(returned)
             return Verdict(returned if isinstance(returned, bool) else score >= self._correct_from, score, None, columns)
         except BaseException as error:
-            return Verdict.none(_reason(error))
+            return Verdict.none(self._reason(error))
+
+    def _reason(self, error: BaseException, *, of_check: bool = False) -> str:
+        """Return why the judge failed, with the line of its file. By a ValueError, `check` and the verifiers of the package say
+        that a row cannot be judged: its message alone."""
+        try:
+            words = " ".join(str(error).split())
+        except Exception:  # an exception whose own text fails
+            words = ""
+        places = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+        known = all(file == __file__ for file, _ in places) or any(Path(file).parent == _VERIFIERS for file, _ in places)
+        if type(error) is ValueError and words and (known or of_check):
+            return words[:MAX_REASON]
+        lines = [] if known else [line for file, line in places if file == self._file]
+        where = f" in line {lines[-1]}" if lines else ""
+        return f"{type(error).__name__}: {words}"[: MAX_REASON - len(where)].rstrip(": ") + where
 
 
 def _function(module: ModuleType, name: str) -> Callable[..., Any] | None:
@@ -318,12 +335,3 @@ def _plain(value: Any, name: str, kind: type) -> Any:
 def _well_formed(text: str) -> str:
     """Replace halves of surrogate pairs, which JSON can express and UTF-8 cannot, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _reason(error: BaseException) -> str:
-    """Return why the judge failed. A ValueError is its way to say that a row cannot be judged: its message alone."""
-    try:
-        words = " ".join(str(error).split())
-    except Exception:  # an exception whose own text fails
-        words = ""
-    return (words if type(error) is ValueError and words else f"{type(error).__name__}: {words}")[:MAX_REASON]
