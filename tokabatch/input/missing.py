@@ -68,8 +68,10 @@ def did_you_mean(name: str, names: Iterable[str], *, template: bool = False) -> 
     return f" (did you mean {near[0]!r}{written}?)"
 
 
-def optional(name: str | None = None) -> str:
-    """Return how a template does without the column `name`."""
+def optional(name: str | None = None, *, filtered: bool = False) -> str:
+    """Return how a template does without the column `name`; `filtered` if the template has filters behind it."""
+    if filtered:
+        return "for an optional column put default('') in front of its other filters, or another default that they accept"
     remedy = f"{{{{ {in_template(name)} | default('') }}}}" if name else "| default('') after it"
     return f"for an optional column write {remedy}"
 

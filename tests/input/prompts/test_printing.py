@@ -163,6 +163,8 @@ def test_what_has_no_text_is_refused_wherever_it_becomes_text(code: str, value: 
         ("{{ order.itms }}", r"no field 'itms' \(did you mean 'items'\?\); it has .*default"),
         ("{{ ordr }}", r"'ordr' is missing in this row \(did you mean 'order'\?\).*\{\{ ordr \| default\(''\) \}\}"),
         ("{{ void }} {{ null }}", r"'null' is null in this row \(so is 'void'\); .*\{\{ null \| default\(''\) \}\}"),
+        ("{{ null | tojson }}", r"'null' is null in this row; .* put default\(''\) in front of its other filters"),
+        ("{{ row['null'] | join(', ') | upper }}", r"'null' is null in this row; .* in front of its other filters"),
         ("{{ null }}", r"'null' is null in this row; .*\{\{ null \| default\(''\) \}\}"),
     ],
 )

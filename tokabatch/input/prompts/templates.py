@@ -42,6 +42,7 @@ class Template:
     by_name: frozenset[str]
     _required: frozenset[str]
     _non_null: frozenset[str]
+    _filtered: frozenset[str | None]
 
     def required(self, present: Collection[str]) -> frozenset[str]:
         """Return the columns that the input must have, given those that are `present`."""
@@ -54,7 +55,7 @@ class Template:
             error = missing_field(absent[0], row, template=True)
             null = [repr(name) for name in absent[1:] if {name, absent[0]} <= row.keys()]
             also = f" (so {'is' if len(null) == 1 else 'are'} {', '.join(null)})" if null else ""
-            return RowError(error.code, f"{error.message}{also}; {optional(absent[0])}")
+            return RowError(error.code, f"{error.message}{also}; {optional(absent[0], filtered=absent[0] in self._filtered)}")
         values: dict[str, Any] = dict.fromkeys(self._required - self._non_null)
         values |= {name: row[name] for name in self.names if name in row}
         if ROW in self.names and ROW not in row:
@@ -103,7 +104,7 @@ def compile_template(source: str, key: str) -> Template:
         by_name = frozenset(name for name in (*found, ROW) if name is not None) - plain
     required = (plain | by_name - {ROW}) - frozenset(_guarded(tree))
     non_null = required - frozenset(_tested(tree))
-    return Template(sandbox, compiled, names | by_name, by_name, required, non_null)
+    return Template(sandbox, compiled, names | by_name, by_name, required, non_null, frozenset(_filtered(tree)))
 
 
 def _refuse_file(source: str, key: str) -> None:
@@ -144,6 +145,11 @@ def _column(node: nodes.Node) -> str | None:
 def _guarded(tree: nodes.Template) -> Iterator[str | None]:
     yield from (_column(each.node) for each in tree.find_all(nodes.Filter) if each.name in GUARDING_FILTERS and each.node)
     yield from (_column(each.node) for each in tree.find_all(nodes.Test) if each.name in GUARDING_TESTS)
+
+
+def _filtered(tree: nodes.Template) -> Iterator[str | None]:
+    """Iterate over the columns with a filter of the template's own; the names of the sandbox's begin with _."""
+    yield from (_column(each.node) for each in tree.find_all(nodes.Filter) if each.node and not each.name.startswith("_"))
 
 
 def _tested(tree: nodes.Template) -> Iterator[str | None]:
