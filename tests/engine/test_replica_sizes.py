@@ -157,6 +157,19 @@ def test_a_configured_cache_is_not_larger_than_the_job_or_the_device(gpu_memory)
         settle_pages(small, 10)
 
 
+def test_replicas_that_leave_no_memory_to_each_are_blamed(memory):
+    memory(1 << 30)
+    with pytest.raises(
+        JobError, match=r"^engine\.replicas is 9999: each .* 1/9999 .* smaller number, at most about \d+$"
+    ) as refused:
+        decide_sizes(EngineConfig(), SPEC, torch.float32, FACTS, replicas=9999)
+    most = int(str(refused.value).split()[-1])
+    assert decide_sizes(EngineConfig(), SPEC, torch.float32, FACTS, replicas=most).num_pages > 0
+    memory(1 << 10)
+    with pytest.raises(JobError, match="smaller model"):
+        decide_sizes(EngineConfig(), SPEC, torch.float32, FACTS, replicas=9999)
+
+
 def test_a_cost_model_decides_how_large_a_step_is_unless_the_job_does(memory):
     memory(1 << 40)
     sizes = decide_sizes(EngineConfig(max_running=100), SPEC, torch.float32, FACTS, prefill_tokens=4096)

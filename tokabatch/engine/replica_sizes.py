@@ -8,6 +8,7 @@ Sizes never exceed what the job can use, so that a small job allocates a small c
 from __future__ import annotations
 
 import sys
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -155,14 +156,27 @@ def decide_sizes(
         asked_tokens=None if config.kv_cache_tokens == "auto" else config.kv_cache_tokens,
         alike=_alike(facts, page, replicas) if config.max_running == "auto" else None,
     )
-    host = available_memory() // replicas
-    fitting = _fitting_pages(config, spec, dtype, facts, device, max_running, host, absent_memory, fp8)
+    available = available_memory()
+    host = available // replicas
+
+    def pages_of(share: int) -> int:
+        """Return how many pages fit where the host's memory is divided between so many replicas."""
+        return _fitting_pages(config, spec, dtype, facts, device, max_running, available // share, absent_memory, fp8)
+
+    fitting = pages_of(replicas)
     if device == "cuda" and absent_memory is None:
         # Only the worker can measure what fits on the GPU; the log-probabilities on the host are limited here.
         reported = pages_reported(facts, max_running, page, int(host * HOST_SHARE))
         sizes = replace(sizes, useful_pages=min(sizes.useful_pages, reported))
         fitting = min(fitting, reported)
     refuse_small_cache(config, sizes.least_pages)
+    if device == "cpu" and fitting < sizes.least_pages <= pages_of(1):
+        # The largest number of replicas that fits: the first in this order that does not follows it.
+        most = bisect(range(1, replicas), False, key=lambda share: pages_of(share) < sizes.least_pages)
+        raise JobError(
+            f"engine.replicas is {replicas}: each gets 1/{replicas} of the memory, which is too little for the weights and the "
+            f"KV cache; write a smaller number, at most about {most}"
+        )
     return settle_pages(sizes, fitting)
 
 
