@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 def count_text(number: int) -> str:
     return f"{number:,}"
@@ -16,6 +18,13 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     """`1 sample` and `1,200 samples`, of the noun for one. Give what stands behind any other number if it is not that and an s:
     `counted(number, "row has", "rows have")`."""
     return f"{number:,} {one}" if number == 1 else f"{number:,} {many or f'{one}s'}"
+
+
+def others_text(reasons: Mapping[str, int], shown: int) -> str | None:
+    """`and 4 samples for 2 other reasons`, those beyond the `shown` most frequent; None where there are none. `reasons` has
+    the samples of each."""
+    others = sorted((count for count in reasons.values() if count > 0), reverse=True)[shown:]
+    return f"and {counted(sum(others), 'sample')} for {counted(len(others), 'other reason')}" if others else None
 
 
 def first_counted(number: int, one: str) -> str:

@@ -6,12 +6,13 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from report.test_summary import SUMMARY
 from support.scripted_run import scripted_run
 
+from tokabatch.cli import folder
 from tokabatch.errors import DamageError, OutputError
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, Kind
 from tokabatch.report import closing
@@ -114,8 +115,16 @@ def test_error_rows_and_how_many_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert section.rows == (
         ("bad_json", "7 (id7)", "line 8: why […]"), ("", "", "and 8 more of this code"), ("empty_prompt", "2", "no text"),
     )  # fmt: skip
+    assert section.columns == ("code", "row (id)", "message")
+    assert closing.errors_section(ErrorRows(rows[1:], {"empty_prompt": 1})).columns == ("code", "row", "message")
     section = closing.errors_section(ErrorRows(rows, {"bad_json": 9, "empty_prompt": 1}), "--all")
     assert section.rows[1][-1] == "and 8 more of this code; --all shows them"
+
+
+def test_the_help_of_errors_says_how_many_rows_of_each_code_are_shown() -> None:
+    option = get_type_hints(folder.errors, include_extras=True)["all_rows"].__metadata__[0]
+    assert closing.PER_CODE == 3 and "first three rows of each code" in str(folder.errors.__doc__)
+    assert "only the first three of each code" in option.help
 
 
 def test_what_cannot_be_read_back_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,14 @@ def test_the_reasons_that_occur_most_are_told_first(write: Write, tmp_path: Path
     assert summary.unverified_reasons == ("ValueError: often in line 1 (18 samples)", "ValueError: rare in line 1 (2 samples)")
 
 
+def test_how_many_reasons_are_not_shown_is_told(write: Write, tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text("def verify(text, row): raise KeyError(min(int(row['answer']), 4))")
+    summary = scripted_run(write(answer=str), tmp_path / "out", verify={"kind": str(judge)})
+    assert summary.unverified_reasons[0] == "KeyError: 4 in line 1 (12 samples)" and len(summary.unverified_reasons) == 4
+    assert summary.unverified_reasons[3] == "and 4 samples for 2 other reasons"
+
+
 def fails_for_row(monkeypatch: pytest.MonkeyPatch, row: int, whole: object = None) -> None:
     """The column `doc` of one row cannot be taken out of the input, whenever it is tried."""
     real = columns.JsonColumns.take

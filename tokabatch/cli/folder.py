@@ -19,7 +19,7 @@ from tokabatch.cli.arguments import OutArgument
 from tokabatch.cli.printing import READER_ENDED, draws_tables, print_message, print_note, print_result
 from tokabatch.cli.signals import stop_on_signals
 from tokabatch.errors import EXIT_ERRORS, JobError, OutputError, Stopped, UsageError
-from tokabatch.number_text import counted
+from tokabatch.number_text import counted, others_text
 from tokabatch.report.streams import first_fault
 
 
@@ -58,7 +58,9 @@ def status(out: OutArgument) -> None:
 
 def errors(
     out: OutArgument,
-    all_rows: Annotated[bool, typer.Option("--all", help="Show every error row, not only the first of each code.")] = False,
+    all_rows: Annotated[
+        bool, typer.Option("--all", help="Show every error row, not only the first three of each code.")
+    ] = False,
 ) -> None:
     """Name the rows of a run that became error rows, and say why.
 
@@ -179,6 +181,8 @@ def score(
         _note_incomplete(out, scored.done, scored.samples)
     for reason, number in scored.reasons.most_common(3):
         print_note(f"no verdict for {counted(number, 'sample')}, counted as wrong: {reason}")
+    if others := others_text(scored.reasons, 3):
+        print_note(others)
     if to is None:
         verdicts = import_module("tokabatch.report.summary").verdict_sections
         folder = import_module("tokabatch.output.folder").OutputFolder(out)

@@ -67,7 +67,8 @@ def errors_section(errors: ErrorRows, more_by: str = "") -> Section:
             table.append(("" if place else code, _row(each), _cut(each.message, 1, _MESSAGE_CHARACTERS)))
         if more := errors.counts[code] - len(named):
             table.append(("", "", f"and {more:,} more of this code{more_by and f'; {more_by} shows them'}"))
-    return Section("Error rows", tuple(table), ("code", "row", "message"))
+    ids = any("(" in row for _, row, _ in table)
+    return Section("Error rows", tuple(table), ("code", "row (id)" if ids else "row", "message"))
 
 
 def _few(out: Path) -> list[Excerpt]:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokabatch.job import Job
-from tokabatch.number_text import counted
+from tokabatch.number_text import counted, others_text
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import Committed
 from tokabatch.output.schema import UnsampledRow, verdict_names
@@ -76,8 +76,10 @@ class Tally:
 
     @property
     def unverified_reasons(self) -> tuple[str, ...]:
-        """The most frequent ones of this start, each with its count."""
-        return tuple(f"{reason} ({counted(count, 'sample')})" for reason, count in self._reasons.most_common(SHOWN_REASONS))
+        """The most frequent ones of this start, each with its count, and how many others there are."""
+        shown = [f"{reason} ({counted(count, 'sample')})" for reason, count in self._reasons.most_common(SHOWN_REASONS)]
+        others = others_text(self._reasons, SHOWN_REASONS)
+        return (*shown, others) if others else tuple(shown)
 
     def add(self, table: pa.Table, *, judged: bool, sign: int = 1) -> None:
         """Count the samples of a table, or with a `sign` of -1 take them back; `judged` ones have columns of verdicts."""
