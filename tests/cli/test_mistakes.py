@@ -445,7 +445,6 @@ MISTAKES = [
         ("batch", "rows.jsonl", "--model", "jobs/quickstart", "--to", "r.jsonl"),
         "is not a batch file: .*completed by `tokabatch run`",
     ),
-    (("run", Q, "prompt.continuations=options"), "prompt: has `continuations`, which has no effect without `mode: score`; add"),
     (("plan", "swapped.yaml"), r"\nerror: swapped\.yaml:1: modle: unknown key; did you mean `model`\?\n$"),
     (("run", Q, "modle.path=x"), r"did you mean `model\.path=x`\?$"),
     (("batch", "requests.jsonl", "--model", "jobs/quickstart", "--to", "requests.jsonl"), "name a file elsewhere"),

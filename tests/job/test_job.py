@@ -328,6 +328,9 @@ class TestRefusedFiles:
             ("prompt:\n  few_shot: {path: a, k: 0, template: b}", "5: prompt.few_shot.k: got the number 0"),
             ("generation:{n: 4}", "write a space behind the colon: `generation: {n: 4}`"),
             ("generation: temperature=0.7", "for example `generation: {temperature: 0.7}`"),
+            ("generation: 'stop=#'", 'for example `generation: {stop: "#"}`'),
+            ("prompt: template", 'for example `prompt: {template: "{{ template }}"}`'),
+            ("prompt: 'template = {{ q }}'", 'for example `prompt: {template: "{{ q }}"}`'),
             ("prompt:\n  few_shot: {path: a}", "5: prompt.few_shot.template: missing; accepts text (a Jinja template)"),
             ("prompt:\n  template: {{ question }}", "5: prompt.template: a key must be a single word"),
             ("verify: {kind: gsm9k, answer: a}", "4: verify.kind: there is no verifier `gsm9k`; did you mean `gsm8k`?"),
@@ -597,7 +600,6 @@ class TestReference:
         for key in Job.describe_keys():
             base = {**MINIMAL, "verify": {"kind": "exact", "answer": "a"}, "trace": {"path": "trace.json"}}
             beside = ("prompt.few_shot.path=x", "prompt.few_shot.template=y") if "few_shot" in key.name else ()
-            beside = ("mode=score",) if key.name == "prompt.continuations" else beside
             wrong = "[{}]" if key.name.endswith(("_kwargs", "_bias", ".options")) else "{a: 1}"
             advice = re.search(r"for example `(.*)`$", refusal(base, *beside, f"{key.name}={wrong}"))
             assert advice is not None, key.name

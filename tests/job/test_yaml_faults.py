@@ -29,6 +29,8 @@ FAULTS = [
     ('a:\n  b: "Q: x\nc:\n  n: 4\n', 2, 'the quote " in column 6 is not closed'),
     ('a:\n  b: "Q: x\nc:\n  stop: "x"\n', 2, 'the quote " in column 6 is closed only on line 4; close it here'),
     ('a: {b: "x}\nc: {d: "Q: {{ q }}"}\n', 1, 'the quote " in column 8 is not closed'),
+    ('a: {b: "Q:\n  say "hi" {{ q }}"}\n', 2, 'write \\" for a " within it'),
+    ("a: {b: 'Q:\n  it's {{ q }}'}\n", 2, "write '' for a ' within it"),
     ("a:\n  b: 'What's {{ q }}?'\n", 2, "`b: 'What''s {{ q }}?'`"),
     ("a: {b: 'What's {{ q }}?'}\n", 1, "write '' for a ' within it"),
     ('a:\n  b: "Say "hi" to {{ q }}"\n', 2, '`b: "Say \\"hi\\" to {{ q }}"`'),

@@ -173,7 +173,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
     # What nothing shows to be a run's is not overwritten.
     for content in ("{", "[" * 100_000):
         (out / "manifest.json").write_text(content)
-        with pytest.raises(OutputError, match=r"cannot be read as JSON.* or move it away and start over with --overwrite\."):
+        with pytest.raises(
+            OutputError, match=r"read as JSON.* or move it and job\.json away and start over with --overwrite\."
+        ):
             read_status(out)
     with Claim(tmp_path / "other") as claim:
         claim.begin("run", {}, (), "")

@@ -365,6 +365,7 @@ def test_references_are_checked_before_anything_is_computed(rows: Path, tmp_path
             "def check_options(**options): raise ValueError(f'given {[*options]}')\ndef verify(text, row, k=1): return True",
             r"given \['k'\]",
         ),
+        ("verify = max", r"its `verify` is not written in Python; write a plain `def verify\(text, row\)`"),
         (
             "def check_options(parser): pass\ndef verify(text, row): return True",
             r"its `check_options\(parser\)` is called with the options alone, .*: .*'parser'; .* or give it another name",
@@ -406,6 +407,30 @@ def test_a_file_is_compiled_as_python_compiles_it_and_after_every_edit(tmp_path:
         loaded = Judge(JudgeSpec("judge", str(judge), "verify"))
         assert [each.score for each in loaded.verdicts(["a"], [{}])] == [number]
     assert list(tmp_path.iterdir()) == [judge]
+
+
+def test_a_wrapper_that_takes_anything_gets_no_options(tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "def logged(f): return lambda *args, **named: f(*args, **named)\n"
+        "@logged\ndef check(row):\n    if row: raise ValueError('no')\n"
+        "def verify(text, row, k): return k\n"
+    )
+    loaded = Judge(JudgeSpec("judge", str(judge), "verify", options={"k": 2}))
+    assert (loaded.check({}), loaded.check({"a": 1})) == (None, "no")
+    assert [each.score for each in loaded.verdicts(["a"], [{}])] == [2]
+
+
+def test_a_fault_of_its_own_names_its_line_whatever_it_calls(tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "from tokabatch.scoring.verifiers import gsm8k\n"
+        "def verify(text, row):\n    return gsm8k.verify(text, row, answer='answr') if text else [].nothing\n"
+    )
+    loaded = Judge(JudgeSpec("judge", str(judge), "verify"))
+    reasons = [each.error for each in loaded.verdicts(["a", ""], [{}, {}])]
+    assert reasons[0] == "ValueError: the reference answer 'None' holds no number in line 3"
+    assert reasons[1] is not None and reasons[1].startswith("AttributeError: ") and reasons[1].endswith(" in line 3")
 
 
 def test_no_process_is_left_when_a_run_ends(rows: Path, tmp_path: Path) -> None:

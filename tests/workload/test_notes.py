@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.scripted_run import scripted_engine, scripted_job
@@ -52,6 +53,15 @@ def test_a_new_run_between_files_of_others(rows: Path, tmp_path: Path, shared: S
     long = str(replace(summary, seconds=3600.0, notes=(*summary.notes, "second", "third", "fourth", "fifth")))
     assert "Noted at the start" in long and "already holds 4" in long and "and 2 more notes above" in long
     assert "fourth" not in long
+
+
+def test_continuations_that_nothing_scores(rows: Path, tmp_path: Path) -> None:
+    def noted(**sections: Any) -> list[str]:
+        return [note for note in plan(scripted_job(rows, tmp_path / "out", **sections)).notes if "mode: score" in note]
+
+    (note,) = noted(prompt={"continuations": "options"})
+    assert note.startswith("prompt.continuations is 'options', which has no effect without `mode: score`")
+    assert not noted(prompt={"continuations": "continuations"})
 
 
 def test_prompts_that_show_the_answer(rows: Path, tmp_path: Path) -> None:

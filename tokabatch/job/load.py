@@ -91,9 +91,10 @@ def load_model(model: type[Model], source: object, overrides: Sequence[object]) 
         loaded = model.model_validate(draft.values)
     except ValidationError as error:
         refusals = list(refusals_of(model, error, draft.values))
-        # A section whose name is misspelt is not missing.
-        meant = {(each.suggestion,) for each in refusals}
-        refusals = [each for each in refusals if not (each.message.startswith("missing") and each.path[:1] in meant)]
+        # What is misspelt, a section or a key, is not missing.
+        meant = {each.suggestion for each in refusals}
+        missing = [each for each in refusals if each.message.startswith("missing")]
+        refusals = [each for each in refusals if each not in missing or not {each.key, str(each.path[0])} & meant]
         draft.problems += [_located(draft, refusal) for refusal in refusals if refusal.path not in draft.misread]
     else:
         draft.problems += [_located(draft, refusal) for refusal in _python_nones(model, draft.values)]

@@ -188,9 +188,10 @@ def _as_section(section: type[BaseModel] | None, given: Any) -> tuple[str, str] 
         return None
     assert issubclass(section, Section)
     fields = section.model_fields
-    if isinstance(given, str) and given.partition("=")[0].strip() in fields:
-        key, _, value = given.partition("=")
-        return f"{{{key.strip()}: {value.strip()}}}", ""
+    pair = re.fullmatch(r"\s*(\w+)\s*=\s*([^=]*[^=\s])\s*", given) if isinstance(given, str) else None
+    if pair and pair[1] in fields:
+        is_plain = re.fullmatch(r"-?[\w.][\w./-]*", pair[2])
+        return in_braces({pair[1]: pair[2] if is_plain else json.dumps(pair[2], ensure_ascii=False)}), ""
     name = next(iter(section.example()))
     if isinstance(given, str) and given.isidentifier() and "{{" in accepts_of(fields[name]).example:
         given = f"{{{{ {given} }}}}"

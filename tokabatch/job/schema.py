@@ -259,13 +259,6 @@ class Job(Section, metaclass=_Loaded):
     trace: TraceConfig | None = None
     errors: ErrorsConfig = ErrorsConfig()
 
-    @field_validator("prompt")
-    @classmethod
-    def _scored(cls, value: PromptConfig, info: ValidationInfo) -> PromptConfig:
-        if value.continuations != PromptConfig.model_fields["continuations"].default and info.data.get("mode") == "generate":
-            raise ValueError("has `continuations`, which has no effect without `mode: score`; add that, or remove the key")
-        return value
-
     @field_validator("generation", "verify")
     @classmethod
     def _of_mode(cls, value: Any, info: ValidationInfo) -> Any:

@@ -277,7 +277,8 @@ def _open_quote(fault: _Fault) -> tuple[int, str] | None:
         if not isinstance(token, yaml.ScalarToken) or token.style not in ("'", '"'):
             continue
         if token.end_mark.line == row and re.match(r"\w", line[token.end_mark.column :]):
-            if token.start_mark.line < row:
+            # The text has taken in a later line up to the quote behind its key; within one text, a key does not stand there.
+            if token.start_mark.line < row and re.search(r"\w\s*:\s*.$", line[: token.end_mark.column]):
                 return token.start_mark.line, _not_closed(token.style, token.start_mark.column)
             return row, _second_quote(token.style)
     quote = line[column : column + 1]

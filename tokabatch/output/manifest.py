@@ -268,8 +268,8 @@ def _digest(value: Mapping[str, Any]) -> str:
 def _remedy(folder: OutputFolder, path: Path) -> str:
     if path != folder.manifest:
         return "Run the same command again, which writes it."
-    # One that nothing shows to be a run's is not overwritten.
-    first = "" if has_manifest(folder) else "move it away and "
+    # What nothing shows to be a run's is not overwritten.
+    first = "" if has_manifest(folder) else f"move it and {folder.job.name} away and "
     return f"Restore it from a copy, or {first}start over with --overwrite."
 
 

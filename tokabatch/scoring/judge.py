@@ -8,8 +8,8 @@ A verdict is True or False, a number (the score), None (there is no telling), or
 further keys the file declares: `COLUMNS = {"extracted": str}`, each of them str, int, float or bool. The file may have
 `check_options(**options)`, which raises ValueError for options that are wrong for any row and refuses the job, and
 `check(row, **options)`, which raises ValueError where a row cannot be judged, whatever the text: it is called for all rows
-before anything is computed. Both get those of the options that they name. A judge that raises costs the verdict of that sample
-alone.
+before anything is computed. Both get those of the options that they name, or all with `**options`. A judge that raises costs
+the verdict of that sample alone.
 """
 
 from __future__ import annotations
@@ -125,7 +125,10 @@ class Judge:
             raise ValueError(f"it has no function `{spec.function}(text, row)`; add one{named}")
         if not _is_plain(function):
             raise ValueError(f"its `{spec.function}` is async or has `yield`; write a plain `def` that returns the verdict")
-        parameters = list(inspect.signature(function).parameters.values())
+        named = _parameters(function)
+        if named is None:
+            raise ValueError(f"its `{spec.function}` is not written in Python; write a plain `def {spec.function}(text, row)`")
+        parameters = list(named.values())
         written = f"{spec.function}{_written(parameters)}"
         by_place = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
         if len(by_place) < 2 and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
@@ -166,9 +169,10 @@ class Judge:
         self._declared: dict[str, type] = dict(declared)
 
     def _named(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """Return the options that the function names; all if it takes any."""
+        """Return the options that the function names; all if it takes any by `**`, and is not a wrapper that takes anything."""
         parameters = _parameters(function) or {}
-        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+        kinds = {each.kind for each in parameters.values()}
+        takes_any = inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds
         return {name: value for name, value in self._options.items() if takes_any or name in parameters}
 
     def check(self, row: Mapping[str, Any]) -> str | None:
@@ -231,12 +235,13 @@ class Judge:
         except Exception:  # an exception whose own text fails
             words = ""
         places = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
-        known = all(file == __file__ for file, _ in places) or any(Path(file).parent == _VERIFIERS for file, _ in places)
+        known = all(file == __file__ for file, _ in places) or Path(self._file or "").parent == _VERIFIERS
         if type(error) is ValueError and words and (known or of_check):
             return words[:MAX_REASON]
         lines = [] if known else [line for file, line in places if file == self._file]
         where = f" in line {lines[-1]}" if lines else ""
-        return f"{type(error).__name__}: {words}"[: MAX_REASON - len(where)].rstrip(": ") + where
+        said = f"{type(error).__name__}: {words}" if words else type(error).__name__
+        return said[: MAX_REASON - len(where)] + where
 
 
 def _function(module: ModuleType, name: str) -> Callable[..., Any] | None:

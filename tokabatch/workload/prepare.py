@@ -22,7 +22,7 @@ from tokabatch.input.fingerprint import Fingerprint, describe
 from tokabatch.input.generation_defaults import describe_ignored
 from tokabatch.input.prompt_order import Sharing, longest_first, measure_sharing, order_prompts
 from tokabatch.input.prompts.builder import Limits
-from tokabatch.input.prompts.notes import describe_answer
+from tokabatch.input.prompts.notes import describe_answer, describe_unscored
 from tokabatch.input.rows import NO_PLACES, RowPlaces
 from tokabatch.input.store.json_types import json_texts, place_name
 from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
@@ -242,6 +242,7 @@ def prepare(
                 else _reference_notes(store, pool, job.verify and job.verify.answer, begun=begun)
             ),
             *describe_answer(job),
+            *describe_unscored(job),
             *describe_stops(_stops(store, generation), tokenizer, tokenizer.special_texts),
             *_describe_greedy(store, job.mode),
         ),

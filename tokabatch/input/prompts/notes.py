@@ -142,6 +142,14 @@ def describe_answer(job: Job) -> tuple[str, ...]:
     )
 
 
+def describe_unscored(job: Job) -> tuple[str, ...]:
+    """Return a note if the job names continuations, but scores none."""
+    given = job.prompt.continuations
+    if job.mode == "score" or given == PromptConfig.model_fields["continuations"].default:
+        return ()
+    return (f"prompt.continuations is {given!r}, which has no effect without `mode: score`: samples are drawn, none is scored",)
+
+
 def describe_shots(job: Job) -> tuple[str, ...]:
     """Return a note if few-shot examples are rows of the input, so that these see their own answers."""
     few_shot, files = job.prompt.few_shot, list_local_files(job.input)
