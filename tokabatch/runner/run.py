@@ -62,7 +62,7 @@ from tokabatch.runner.shared import ONE_WRITER, Shared, close_shared, cut_earlie
 from tokabatch.runner.stopping_replica import StoppingReplica
 from tokabatch.runner.supply import Supply
 from tokabatch.storage.listing import is_there
-from tokabatch.storage.write_errors import reason
+from tokabatch.storage.write_errors import is_full, reason
 from tokabatch.workload.open_model import pick_device
 
 OF_THE_WORK = frozenset({"this_start", "output_path"})
@@ -176,7 +176,8 @@ def _run_in_folder(
             with suppress(OSError, TokabatchError):
                 recorder.finish(lambda: False)
                 # Where only joining small files took more room than there was, the run is complete. Some may be joined.
-                shards = () if supply is not None else claimed_shards(claim)
+                is_full_disk = isinstance(error.__cause__, OSError) and is_full(error.__cause__)
+                shards = claimed_shards(claim) if is_full_disk and supply is None else ()
                 if shards and (books := mark_success(claim, shards, started.left.samples_total)).closed:
                     exit_code, complete = _exit_code(books, job.errors.max_fraction, 0, None), True
             tell(_describe_unjoined(error) if complete else str(error))
