@@ -60,3 +60,8 @@ def seconds_text(seconds: float) -> str:
 def samples_so_far(done: int, samples: int) -> str:
     """Return `42 of 8,000 samples so far`."""
     return f"{count_text(done)} of {counted(samples, 'sample')} so far"
+
+
+def figure_text(value: float) -> str:
+    """`0.4123`, `39,360`: four digits, and large figures in whole numbers up to 1e9."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"

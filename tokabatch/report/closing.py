@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokabatch.errors import TokabatchError
-from tokabatch.number_text import counted, share_text
+from tokabatch.number_text import counted, figure_text, share_text
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, error_rows, excerpts, finish_reasons
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import read_manifest
@@ -90,12 +90,8 @@ def judged_text(values: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "nothing" if value is None else _number(value) if isinstance(value, float) else " ".join(str(value).split())
+    text = "nothing" if value is None else figure_text(value) if isinstance(value, float) else " ".join(str(value).split())
     return (text if len(text) <= _VALUE_CHARACTERS else f"{text[:_VALUE_CHARACTERS]} […]") or "an empty text"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _sample(sample: Excerpt, verify: Mapping[str, Any]) -> list[tuple[str, str]]:

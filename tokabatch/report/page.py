@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from tokabatch.arrays import Float64
 from tokabatch.errors import EXIT_ERRORS
-from tokabatch.number_text import counted, decimal_text, seconds_text
+from tokabatch.number_text import counted, decimal_text, figure_text, seconds_text
 from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
 from tokabatch.output.steps import elapsed
 from tokabatch.report import plots
@@ -298,7 +298,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         rows.append(("of pass@k before all samples are there: short ones finish first", "no estimate", True))
     if run.per_token is not None and len(run.per_token.of_texts):
         rows.append(("log-probability per token, all texts together", f"{run.per_token.mean:,.3f}", False))
-        rows.append(("perplexity, all texts together", _perplexity(run.per_token.mean), False))
+        rows.append(("perplexity, all texts together", figure_text(math.exp(min(700.0, -run.per_token.mean))), False))
     rows += [
         (f"of {counted(run.samples, 'sample' if run.per_token is None else 'text')} ok", f"{run.ok:,}", False),
         ("errors", f"{run.errors:,}", run.errors > 0),
@@ -331,11 +331,6 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
     if s.get("preemptions"):
         rows.append(("preemptions" + last, f"{s['preemptions']:,}", False))
     return rows
-
-
-def _perplexity(logprob: float) -> str:
-    value = math.exp(min(700.0, -logprob))
-    return f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:.4g}"
 
 
 def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
