@@ -12,6 +12,7 @@ import pytest
 import typer
 import yaml
 
+import tokabatch.errors
 from tokabatch import Job
 from tokabatch.cli import app, main
 from tokabatch.cli.plan import all_sections
@@ -105,6 +106,26 @@ def test_the_readme_s_first_job_runs_as_it_is_written(tmp_path, monkeypatch, cap
     assert in_python is not None
     exec(in_python[1], names)
     assert names["summary"].ok == 128 and 1 in names["summary"].pass_at_k and names["summary"].dataset().count_rows() == 128
+
+
+def test_the_python_of_the_page_of_jobs_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "jobs" / "README.md").read_text()
+    section = text[text.index("## From Python") : text.index("## Rows")]
+    (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    job = yaml.safe_load((ROOT / "jobs" / "quickstart.yaml").read_text())
+    Path("jobs").symlink_to(ROOT / "jobs")
+    job["input"]["limit"], job["generation"] = 2, {"n": 2, "max_tokens": 8}
+    Path("job.yaml").write_text(yaml.safe_dump(job))
+    names = {}
+    exec(program, names)
+    said = capsys.readouterr().out
+    assert "First prompt" in said and "8 = 8 ok + 0 errors" in said and "0 8 0 0\n0.0\n" in said
+    assert len(names["samples"]) == 8
+    exec(program.replace('"generation.n=4"', '"generation.n=2"').replace("print(plan(job))", ""), names)
+    assert re.search("nothing was computed: .*generation.n", capsys.readouterr().out, re.DOTALL)
+    named = re.findall(r"^\| `(\w+)` \|.*$", section, re.MULTILINE)
+    assert all(hasattr(tokabatch.errors, name) for name in named) and len(named) == 3
 
 
 WORDS = {

@@ -78,8 +78,8 @@ def cost_model(workload: OpenModel, device: Device | None, profile: SavedProfile
     roofline, described = _roofline(workload, device)
     if roofline.device.name == PROCESSOR:
         return roofline, described
-    beside = f"with {STEP_SECONDS * 1e3:g} ms a step and {SAMPLE_SECONDS * 1e6:g} us a sample beside it"
-    return unmeasured_gpu(roofline), f"{described} {beside}"
+    beside = f"plus {STEP_SECONDS * 1e3:g} ms per step and {SAMPLE_SECONDS * 1e6:g} us per sample"
+    return unmeasured_gpu(roofline), f"{described}, {beside}"
 
 
 def _roofline(workload: OpenModel, device: Device | None) -> tuple[Roofline, str]:

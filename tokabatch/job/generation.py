@@ -28,8 +28,8 @@ class Setting:
 
 
 class GenerationConfig(Section):
-    """How samples are drawn. A row may override any of these with a struct in its column sampling_params. A null leaves a key
-    at its default, in a row at the job's value."""
+    """How samples are drawn. A row may override any of these with a struct in its column sampling_params. null stands for
+    a key's default; in a row, for the job's value."""
 
     n: fields.Samples = Field(default=1, description="Samples per row.")
     temperature: fields.Temperature = Field(
