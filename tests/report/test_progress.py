@@ -114,7 +114,7 @@ class TestLines:
         assert [line.split(" rows")[0] for line in lines if line.startswith("[")] == [
             "[ 0.00 s] reading   ", "[ 1.00 s] generating", "[ 6.00 s] generating", "[ 11.0 s] generating",
         ]  # fmt: skip
-        assert lines[1] == "model: 3,400,000 parameters"
+        assert lines[1] == "note: model: 3,400,000 parameters"
         assert lines[-2:] == [
             "[ 11.0 s] generating rows 27/100  samples 110/400  errors 1  in 1,000 tok/s",
             "                     out 500 tok/s  kv 43%  running 64  waiting 200  eta 29.0 s",
@@ -251,7 +251,7 @@ class TestChoice:
         with open_progress(quiet=True) as progress:
             progress.update(at(1.0))
             progress.message("the worker was lost")
-        assert capfd.readouterr() == ("", "the worker was lost\n")
+        assert capfd.readouterr() == ("", "note: the worker was lost\n")
 
     def test_null_is_silent(self, capfd: pytest.CaptureFixture[str]) -> None:
         progress: Progress = NullProgress()

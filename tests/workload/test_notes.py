@@ -60,7 +60,7 @@ def test_continuations_that_nothing_scores(rows: Path, tmp_path: Path) -> None:
         return [note for note in plan(scripted_job(rows, tmp_path / "out", **sections)).notes if "mode: score" in note]
 
     (note,) = noted(prompt={"continuations": "options"})
-    assert note.startswith("prompt.continuations is 'options', which has no effect without `mode: score`")
+    assert note.startswith("warning: prompt.continuations is 'options', which has no effect without `mode: score`")
     assert not noted(prompt={"continuations": "continuations"})
 
 
@@ -71,5 +71,5 @@ def test_prompts_that_show_the_answer(rows: Path, tmp_path: Path) -> None:
 
     assert not noted("Q: {{ question }} A:", answer="answer")
     (note,) = noted("Q: {{ question }} A:", answer="question")
-    assert note.startswith("prompt.template uses the column 'question', the reference answer")
+    assert note.startswith("warning: prompt.template uses the column 'question', the reference answer")
     assert noted("{{ question }}{% if answer %} ({{ answer }}){% endif %}", answer="answer")

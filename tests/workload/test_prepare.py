@@ -110,7 +110,7 @@ def test_an_input_of_bad_rows_only(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": null}\n{broken\n')
     given = {"model": {"path": str(folder)}, "input": {"path": str(tmp_path / "rows.jsonl")}, "output": {"path": "out"}}
     report = plan(Job.load(given))
-    assert report.notes[0] == "no row can be completed: correct the job or its input"
+    assert report.notes[0] == "warning: no row can be completed: correct the job or its rows"
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n' + "{broken\n" * 5 + '{"prompt": null}\n')
     notes = plan(Job.load(given)).notes
     assert [note.split(":")[0] for note in notes if "bad_json" in note] == ["row 1", "row 2", "row 3", "2 more rows"]

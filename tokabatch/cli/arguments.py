@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from tokabatch import __version__
 from tokabatch.errors import UsageError
+from tokabatch.report.labels import takes_colour
 
 DEVICES = "h200, h100, a100 or l40s, or a variant such as h100-pcie or a100-40gb"
 
@@ -72,9 +73,26 @@ _SUBJECTS = ("job", "requests", "out", "model", "section", "url")
 """Parameters that say what a command is about; none of them is a secret, as a key of an override may be."""
 
 
+def _coloured(text: str) -> str:
+    """A help text as a terminal shows it: its headings bold, and the names in its lists in colour. The lists come last."""
+    if not takes_colour(sys.stdout):
+        return text
+    text = re.sub(
+        r"^(?:Usage|Arguments|Options|Commands)(?=:)|(?<=^  )(?:Examples?|Exit codes)$",
+        "\x1b[1m\\g<0>\x1b[0m",
+        text,
+        flags=re.M,
+    )
+    said, *lists = re.split(r"^(?=\x1b\[1m(?:Arguments|Options|Commands))", text, flags=re.M)
+    return said + "".join(re.sub(r"(?<=^  )\S.*?(?=  |$)", "\x1b[36m\\g<0>\x1b[0m", each, flags=re.M) for each in lists)
+
+
 class Command(TyperCommand):
     """A command that writes a line at once, before anything slow is imported, and that names what is missing or misspelled in
     its arguments, with what to write instead."""
+
+    def get_help(self, ctx: Any) -> str:
+        return _coloured(super().get_help(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         if not ctx.params.get("quiet"):
@@ -156,6 +174,9 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """The program itself, which names the command that was meant."""
+
+    def get_help(self, ctx: Any) -> str:
+        return _coloured(super().get_help(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args:  # Shows the help.

@@ -129,7 +129,7 @@ def check(out: OutArgument) -> None:
 
 def verify(out: OutArgument) -> None:
     """The earlier name of `check`."""
-    print("`tokabatch verify` is called `tokabatch check` now", file=sys.stderr)
+    print_message("`tokabatch verify` is called `tokabatch check` now")
     check(out)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 import typer
 
 from tokabatch.errors import UsageError
+from tokabatch.report.labels import coloured, labelled
 from tokabatch.report.streams import first_fault
 
 if TYPE_CHECKING:
@@ -38,13 +39,13 @@ def print_note(content: str | tuple[Section, ...]) -> None:
     _print(content)
     fault = first_fault(sys.stdout)
     if fault is not None and not isinstance(fault, BrokenPipeError):
-        print(f"standard output cannot be written: {fault.strerror}", file=sys.stderr)
+        print_message(f"warning: standard output cannot be written: {fault.strerror}")
 
 
 def print_message(text: str) -> None:
-    """Print on standard error; on a terminal, in lines that end between words."""
-    columns = terminal_columns(sys.stderr)
-    print(text if columns is None else between_words(text, columns), file=sys.stderr)
+    """Print a note, warning or error on standard error; on a terminal, in lines that end between words."""
+    columns, text = terminal_columns(sys.stderr), labelled(text)
+    print(coloured(text if columns is None else between_words(text, columns), sys.stderr), file=sys.stderr)
 
 
 _BARE_COMMAND = re.compile(r"(?:^|[ :])(?:tokabatch (?:run|score|export|plan|check|errors|download)|mkdir|mv|cd) \S")

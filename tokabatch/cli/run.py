@@ -213,11 +213,11 @@ def slurm(
         and loaded.engine.device != "cpu"
         and not any(each.lstrip("-").startswith(("gpus", "gres")) for each in option or ())
     ):
-        print_message("the tasks get no GPU; --gpus-per-task 1 gives each of them one")
+        print_message("warning: the tasks get no GPU; --gpus-per-task 1 gives each of them one")
     for key, path in (("output.path", loaded.output.path), ("model.path", loaded.model.path)):
         # A model that is no folder here is fetched by each host.
         if Path(gettempdir()) in Path(path).absolute().parents and (key == "output.path" or Path(path).exists()):
-            print_message(f"{key} {path}: every host has its own {gettempdir()}; use a shared folder")
+            print_message(f"warning: {key} {path}: every host has its own {gettempdir()}; use a shared folder")
     if (Path(loaded.output.path) / "_SUCCESS").exists():
         print_message(f"output.path {loaded.output.path} holds a complete run: the tasks will find nothing to do")
     module, script = import_module("tokabatch.cluster.slurm"), to or Path(f"{job.stem}.sbatch")

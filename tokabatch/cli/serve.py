@@ -12,6 +12,7 @@ import typer
 
 from tokabatch.cli.printing import print_result
 from tokabatch.errors import UsageError
+from tokabatch.report.labels import coloured
 
 
 def serve(
@@ -52,7 +53,7 @@ def serve(
         if error.name not in ("starlette", "uvicorn"):
             raise
         raise UsageError(f"a server needs {error.name}; install it with: pip install 'tokabatch[serve]'") from error
-    raise typer.Exit(server.serve(config, lambda text: print(text, file=sys.stderr)))
+    raise typer.Exit(server.serve(config, lambda text: print(coloured(text, sys.stderr), file=sys.stderr)))
 
 
 def ping(

@@ -168,7 +168,7 @@ class Launcher:
         """Show the message that an actor is pending."""
         named = {"num_cpus": "CPU", "num_gpus": "GPU"}
         needs = " and ".join(f"{count} {named[name]}" for name, count in self._needs.items() if count)
-        self._tell(f"replica {number} is pending: no room in the Ray cluster ({needs} of one node)")
+        self._tell(f"warning: replica {number} is pending: no room in the Ray cluster ({needs} of one node)")
 
 
 class Actor:

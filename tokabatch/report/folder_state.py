@@ -76,7 +76,7 @@ def incomplete_note(done: int, samples: int | None, job: Mapping[str, Any]) -> s
     if samples is None or done >= samples:
         return None
     longer = "" if job.get("mode") == "score" else "; short samples finish first, so the missing ones may be longer"
-    return f"incomplete: {samples_so_far(done, samples)}{longer}"
+    return f"warning: the run is incomplete: {samples_so_far(done, samples)}{longer}"
 
 
 def share_sections(shares: Mapping[str, Any]) -> tuple[Section, ...]:

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from tokabatch.errors import UsageError
 from tokabatch.number_text import seconds_text
+from tokabatch.report.labels import coloured, coloured_part, labelled
 
 Phase = Literal["starting", "reading", "simulating", "loading", "generating", "judging", "writing"]
 
@@ -60,7 +61,8 @@ class ProgressSnapshot:
 
 
 class Progress(Protocol):
-    """The caller enters it as a context; the runner only calls `update` and `message`. One that raises is not called again."""
+    """The caller enters it as a context; the runner only calls `update` and `message`. One that raises is not called again. A
+    message that is no note begins with `warning: ` or `error: `."""
 
     interval: float | None
     """Seconds between snapshots in one phase; None takes none, so that none is made."""
@@ -169,6 +171,9 @@ class MessagesOnly(NullProgress):
         self._stream = stream
 
     def message(self, text: str) -> None:
+        self._write(coloured(labelled(text), self._stream))
+
+    def _write(self, text: str) -> None:
         self._stream.write(f"{text}\n")
         self._stream.flush()
 
@@ -276,7 +281,7 @@ class LineProgress(MessagesOnly):
         self._rates.add(snapshot)
         begin = f"[{seconds_text(snapshot.elapsed):>7}] {snapshot.phase:<10} "
         lines = _lines(_facts(snapshot, self._rates), _LINE_COLUMNS - len(begin))
-        self.message(begin + f"\n{' ' * len(begin)}".join(lines))
+        self._write(begin + f"\n{' ' * len(begin)}".join(lines))
 
 
 class LiveProgress:
@@ -301,7 +306,9 @@ class LiveProgress:
         self._show(snapshot)
 
     def message(self, text: str) -> None:
-        self._live.console.print(Text(text))
+        text = labelled(text)
+        word, colour = coloured_part(text, self._live.console.file)
+        self._live.console.print(Text.assemble((word, f"bold color({colour})"), text[len(word) :]))
 
     def __enter__(self) -> LiveProgress:
         self._live.start()

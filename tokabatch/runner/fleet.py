@@ -22,6 +22,7 @@ from tokabatch.arrays import Bool, Int32, Int64
 from tokabatch.errors import EngineError, ReplicaLost, TokabatchError
 from tokabatch.forecast.step_log import StepLog, Steps, by_time
 from tokabatch.number_text import counted
+from tokabatch.report.labels import behind_label
 from tokabatch.report.summary import ReplicaShare
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.ledger import Ledger, Part, to_give
@@ -383,13 +384,15 @@ class Fleet:
             # Before other members can get the lost one's samples of suspected rows.
             self._gather(self._members[number])
         if member.barren <= self._max_restarts:
-            self._say(member, f"{fault}. Starting another; what was under way is computed again")
+            self._say(member, f"warning: {fault}. Starting another; what was under way is computed again")
             self._start(member)
             return
         member.given_up = True
         if not self._live():
             raise EngineError(f"{fault}; giving up (engine.max_restarts). What is finished is committed.") from fault
-        self._say(member, f"{fault}; the run continues with {len(self._live())} of {counted(len(self._members), 'replica')}")
+        self._say(
+            member, f"warning: {fault}; the run continues with {len(self._live())} of {counted(len(self._members), 'replica')}"
+        )
 
     def _say(self, member: Member, text: str) -> None:
-        self._tell(text if len(self._members) == 1 else f"replica {member.number}: {text}")
+        self._tell(text if len(self._members) == 1 else behind_label(text, f"replica {member.number}:"))

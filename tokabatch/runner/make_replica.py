@@ -156,7 +156,7 @@ def executor_maker(
     replica's forked process cannot use CUDA."""
     backend, obstacle = choose_backend(workload.device, workload.dtype, workload.spec.head_dim)
     if obstacle and len(workload.requests):
-        tell(f"attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")
+        tell(f"warning: attention runs in plain torch, many times slower than FlashInfer's kernels: {obstacle}")
     # A worker on another host has another working folder.
     spec = WorkerSpec(
         folder=workload.folder.absolute(),

@@ -177,7 +177,7 @@ class Preparers:
         if self._lost > self._max_lost:
             self._give_up(lost, EngineError(f"{fault}; giving up (engine.max_restarts). What is finished is committed."))
             return
-        self._tell(f"{fault}. Starting another; its samples are prepared again")
+        self._tell(f"warning: {fault}. Starting another; its samples are prepared again")
         lost.close()
         try:
             another = self._start(lost.place)

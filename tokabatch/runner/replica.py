@@ -263,7 +263,7 @@ class Replica:
         self._watch.restart()
         limits = self.scheduler.limits
         self._tell(
-            f"{fault}. The run continues with steps of at most {counted(limits.max_step_tokens, 'token')} and "
+            f"warning: {fault}. The run continues with steps of at most {counted(limits.max_step_tokens, 'token')} and "
             f"{counted(limits.max_running, 'sample')} (engine.max_step_tokens, engine.max_running)"
         )
         try:
@@ -278,7 +278,8 @@ class Replica:
         completions = self.scheduler.lost_device(str(fault).splitlines()[0])
         for row in sorted({completion.row_index for completion in completions}):
             self._tell(
-                f"{self._name_row(row)} has killed the worker again, running alone: it becomes an error row (worker_crash)"
+                f"warning: {self._name_row(row)} has killed the worker again, running alone: it becomes an error row "
+                "(worker_crash)"
             )
         if completions:
             self._barren = 0
@@ -309,9 +310,8 @@ class Replica:
                 "(engine.max_restarts); giving up. What is finished is committed."
             ) from fault
         reason, *details = str(fault).splitlines()
-        self._tell(f"{reason}. Starting another (restart {self.counts.restarts.total()}); {consequence}")
-        if details:
-            self._tell("\n".join(details))
+        told = f"warning: {reason}. Starting another (restart {self.counts.restarts.total()}); {consequence}"
+        self._tell("\n".join((told, *details)))
         self._make_executor()
 
     def _make_executor(self) -> None:

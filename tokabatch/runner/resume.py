@@ -81,7 +81,9 @@ class Start:
         for note in self.workload.notes:
             tell(note)
         if self.committed.samples:
-            tell(f"continuing: {self.committed.samples:,} of {counted(self.workload.samples_total, 'sample')} already there")
+            tell(
+                f"continuing, with {self.committed.samples:,} of {counted(self.workload.samples_total, 'sample')} already there"
+            )
 
     @classmethod
     def after(cls, committed: Committed, workload: Workload, job: Job, folder: OutputFolder) -> Start:

@@ -180,12 +180,12 @@ def _run_in_folder(
                 shards = claimed_shards(claim) if is_full_disk and supply is None else ()
                 if shards and (books := mark_success(claim, shards, started.left.samples_total)).closed:
                     exit_code, complete = _exit_code(books, job.errors.max_fraction, 0, None), True
-            tell(_describe_unjoined(error) if complete else str(error))
+            tell(_describe_unjoined(error) if complete else f"error: {error}")
             tally = _tally(state, claim)
             stalled = not complete and tally.ok + tally.errors + tally.cancelled == started.committed.samples
             if stalled and before.get("stalled"):
                 exit_code = EXIT_STALLED
-                tell("the previous start committed nothing either: fix the cause before you start it again")
+                tell("error: the previous start committed nothing either: fix the cause before you start it again")
         except BaseException:
             # Whatever it is: what is finished is on disk before the caller hears of it.
             _commit_finished(state)
@@ -209,7 +209,7 @@ def _run_in_folder(
                 with claim.committing():
                     join_as_last(job, claim, workload, stop, tell)
             except CommitError as error:
-                tell(str(error))
+                tell(f"error: {error}")
                 if complete and not is_there(claim.files, claim.folder.success):
                     # Every sample is there, and the next start says so.
                     summary = replace(summary, exit_code=EXIT_STOPPED)
@@ -224,8 +224,8 @@ def _complete(state: RunState, claim: Claim, leases: Leases | None, on_rows: OnR
         exit_code = _generate(state)
         if job.trace and (taken := np.count_nonzero(state.replica.steps()["replica"] == job.trace.replica)) < job.trace.start:
             tell(
-                f"nothing was traced: the run had {counted(int(taken), 'step')}, and trace.start is {job.trace.start}; "
-                "write less"
+                f"warning: nothing was traced: the run had {counted(int(taken), 'step')}, and trace.start is "
+                f"{job.trace.start}; write less"
             )
     state.show("writing")
     with claim.committing():
@@ -255,7 +255,7 @@ def _summary(folder: OutputFolder, summary: RunSummary, tell: Callable[[str], No
         try:
             summary = replace(summary, estimates=read_estimates(folder) or (), estimator=read_estimator(folder))
         except Exception as error:
-            tell(f"nothing is estimated of the verdicts, which are committed: {error}")
+            tell(f"warning: nothing is estimated of the verdicts, which are committed: {error}")
     return summary
 
 
@@ -339,7 +339,9 @@ def _commit_finished(state: RunState) -> None:
     except STOPS:
         raise
     except BaseException as error:
-        state.clock.progress.message(f"the last finished samples are not committed and will be computed again: {error}")
+        state.clock.progress.message(
+            f"warning: the last finished samples are not committed and will be computed again: {error}"
+        )
 
 
 def _generate(state: RunState) -> int:

@@ -130,7 +130,7 @@ def _wait(path: Path, told: bool, tell: Callable[[str], None], stop: Interruptio
     """Sleep until the next check whether another run still holds the folder exclusively; show a message the first time."""
     if not told:
         tell(
-            f"waiting: another process holds output.path {str(path)!r} exclusively: a run without --shared, or "
+            f"waiting, as another process holds output.path {str(path)!r} exclusively: a run without --shared, or "
             "one that divides it into units or joins files"
         )
     _pause(stop)

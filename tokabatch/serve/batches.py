@@ -194,11 +194,11 @@ class Batches:
                     continue
                 if not isinstance(error, (TokabatchError, OSError)):
                     message = f"{type(error).__name__}: {error}"
-                    self._tell(f"{batch['id']} has failed: {message}; please report this")
+                    self._tell(f"error: {batch['id']} has failed: {message}; please report this")
                     with suppress(OSError):
                         await self._fail(batch, [{"code": "internal_error", "message": message}])
                 if batch["status"] not in ENDED:
-                    self._tell(f"{batch['id']} was interrupted and is tried again in {RETRY_SECONDS:g} s: {error}")
+                    self._tell(f"warning: {batch['id']} was interrupted and is tried again in {RETRY_SECONDS:g} s: {error}")
                     self._loop.call_later(RETRY_SECONDS, self._waiting.put_nowait, batch)
             finally:
                 self._current = None

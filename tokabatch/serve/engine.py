@@ -344,7 +344,8 @@ class Engine:
         self.counts.restarts += 1
         rows = [row for row, live in self._live.items() if live.process == number]
         self._tell(
-            f"{process.how_it_ended()}. Starting another; {counted(len(rows), 'request is', 'requests are')} computed again"
+            f"warning: {process.how_it_ended()}. Starting another; {counted(len(rows), 'request is', 'requests are')} "
+            "computed again"
         )
         self._load[number] = 0
         self._standing[number] = None

@@ -131,8 +131,8 @@ async def _serve(
                 context = api.context = engine.capacity
                 prompts.limit(context)
                 tell(
-                    f"a prompt and its output together may have {counted(context, 'token')}, because the KV cache holds no "
-                    "more (engine.kv_cache_tokens); the model's context is longer"
+                    f"warning: a prompt and its output together may have {counted(context, 'token')}, because the KV cache "
+                    "holds no more (engine.kv_cache_tokens); the model's context is longer"
                 )
             if batches is not None:
                 batches.begin(context, tell)
@@ -240,7 +240,7 @@ def _open_files(config: ServiceConfig, tell: Callable[[str], None]) -> StoredFil
     except UsageError as error:
         if "files" in config.server.model_fields_set:
             raise
-        tell(f"/v1/files and /v1/batches are not served: {error}")
+        tell(f"warning: /v1/files and /v1/batches are not served: {error}")
         return None
 
 

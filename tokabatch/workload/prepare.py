@@ -217,7 +217,11 @@ def prepare(
         samples_of_row=samples_of_row,
         fingerprint=fingerprint,
         notes=(
-            *(("no row can be completed: correct the job or its input",) if len(store.errors) == store.num_rows else ()),
+            *(
+                ("warning: no row can be completed: correct the job or its rows",)
+                if len(store.errors) == store.num_rows
+                else ()
+            ),
             *tokenizer.describe(spec.vocab_size),
             *((ends.note,) if ends.note else ()),
             *((f"{model.folder} holds no weights: a plan needs none, a run does",) if weightless else ()),
@@ -267,8 +271,8 @@ def _describe_greedy(store: InputStore, mode: str) -> tuple[str, ...]:
         return ()
     whose = "all rows" if rows == len(drawn) else f"{rows:,} of {counted(len(drawn), 'row')}"
     return (
-        f"generation.temperature is 0 and generation.n above 1 for {whose}: the samples of a row are all the likeliest one and "
-        "hardly differ; set a temperature above 0 for samples that do",
+        f"warning: generation.temperature is 0 and generation.n above 1 for {whose}: the samples of a row are all the "
+        "likeliest one and hardly differ; set a temperature above 0 for samples that do",
     )
 
 
@@ -296,9 +300,11 @@ def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None, *, 
             f"verify: no row can be judged, {store.places.name(row)} because {fault}; correct verify or the rows, or leave "
             "verify out"
         )
-    shown = [f"{store.places.name(row)} cannot be judged: {fault}" for row, fault in list(faults.items())[:SHOWN_FAULTS]]
+    shown = [
+        f"warning: {store.places.name(row)} cannot be judged: {fault}" for row, fault in list(faults.items())[:SHOWN_FAULTS]
+    ]
     more = len(faults) - len(shown)
-    return (*shown, *((f"{counted(more, 'more row')} cannot be judged",) if more else ()))
+    return (*shown, *((f"warning: {counted(more, 'more row')} cannot be judged",) if more else ()))
 
 
 def _accept(fingerprint: Fingerprint, digests: RowDigests | None, places: RowPlaces) -> None:

@@ -425,12 +425,12 @@ def test_a_column_that_the_job_s_own_template_uses_is_not_given_twice(
 
 def test_tools_that_the_chat_template_does_not_read_are_noted(write_rows: Write, ingest_job: Ingest) -> None:
     path = write_rows({"messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]})
-    assert ingest_job(path, "chat").notes == ("the column 'tools' is not used: the chat template reads no tools",)
+    assert ingest_job(path, "chat").notes == ("warning: the column 'tools' is not used: the chat template reads no tools",)
     path = write_rows({"prompt": "hi", "tools": "hammer"})
     for prompt in ({"template": "{{ tools }}"}, {"template": "{{ prompt }}", "system": "{{ tools }}"}):
         assert ingest_job(path, "chat", prompt=prompt).notes == ()
     for tokenizer, prompt in (("chat", {"chat": False}), ("plain", {})):
-        told = ("the column 'tools' is not used: no chat template applies",)
+        told = ("warning: the column 'tools' is not used: no chat template applies",)
         assert ingest_job(path, tokenizer, prompt=prompt).notes == told
 
 
@@ -667,7 +667,7 @@ def test_rows_that_hold_chat_markup_are_noted(write_rows: Write, ingest_job: Ing
 def test_templates_without_columns_are_noted(write_rows: Write, ingest_job: Ingest) -> None:
     path = write_rows({"q": "a", "r": 1}, {"q": "b", "r": 2})
     assert ingest_job(path, prompt={"template": "Q: {q}"}).notes == (
-        "prompt.template names no column, so all 2 prompts are alike; write {{ q }} for {q}",
+        "warning: prompt.template names no column, so all 2 prompts are alike; write {{ q }} for {q}",
     )
     (note,) = ingest_job(path, prompt={"template": "{{ q }} {r} {s}"}, output={"path": "o", "columns": []}).notes
-    assert note == "prompt.template has names of columns in single braces, which are plain text; write {{ r }} for {r}"
+    assert note == "warning: prompt.template has names of columns in single braces, which are plain text; write {{ r }} for {r}"

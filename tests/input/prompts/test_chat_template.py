@@ -85,4 +85,6 @@ def test_what_the_template_does_not_read_is_noted() -> None:
     (sentence,) = chosen.describe(["tools"])
     assert "reads no 'enable_thinkin' (did you mean 'enable_thinking'?); of its own it reads enable_thinking" in sentence
     chosen = choose({"default": ONE})
-    assert chosen and chosen.describe(["tools"]) == ("the column 'tools' is not used: the chat template reads no tools",)
+    assert chosen and chosen.describe(["tools"]) == (
+        "warning: the column 'tools' is not used: the chat template reads no tools",
+    )

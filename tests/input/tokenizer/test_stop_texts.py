@@ -39,7 +39,7 @@ def test_a_text_that_the_tokenizer_does_not_spell(tokenizers: dict[str, Tokenize
             return ["".join(map(chr, ids)) for ids in batch]
 
     told = describe_stops({text: "generation.stop" for text in ("Q:", " Q", "a b", "end\n")}, Prefixing(), frozenset())
-    assert [sentence.split(",")[0] for sentence in told] == ["generation.stop holds 'end\\n'"]
+    assert [sentence.split(",")[0] for sentence in told] == ["warning: generation.stop holds 'end\\n'"]
 
     class Folding:
         """A tokenizer with lower case only."""
@@ -52,12 +52,12 @@ def test_a_text_that_the_tokenizer_does_not_spell(tokenizers: dict[str, Tokenize
 
     stops = {"END": "sampling_params.stop of row 3", "end": "generation.stop", "<|END|>": "generation.stop"}
     (sentence,) = describe_stops(stops, Folding(), frozenset(["<|END|>"]))
-    assert sentence.startswith("sampling_params.stop of row 3 holds 'END', which the tokenizer writes as 'end'")
+    assert sentence.startswith("warning: sampling_params.stop of row 3 holds 'END', which the tokenizer writes as 'end'")
 
 
 def test_many_sentences_are_counted(tokenizers: dict[str, Tokenizer]) -> None:
     sentences = describe_stops({f"\\n{number}": "generation.stop" for number in range(5000)}, tokenizers["plain"], frozenset())
-    assert len(sentences) == 4 and sentences[-1] == "4,997 more stop strings are like these"
+    assert len(sentences) == 4 and sentences[-1] == "warning: 4,997 more stop strings are like these"
 
 
 def test_special_tokens_inside_a_stop_string() -> None:

@@ -111,9 +111,14 @@ class PromptBuilder:
             places=places,
         )
         whole = self._given is not None and self._given not in present
-        of_whole = (f"the input has no column {self._given!r} (prompt.continuations): each row's whole text is scored",)
+        of_whole = (
+            f"warning: the input has no column {self._given!r} (prompt.continuations): each row's whole text is scored",
+        )
         templated = self._given is not None and self.chat and self._config.chat == "auto" and self._config.messages is None
-        of_chat = ("mode is score, and texts go through the chat template; write prompt.chat: false to score them as they are",)
+        of_chat = (
+            "warning: mode is score, and texts go through the chat template; write prompt.chat: false to score them as they "
+            "are",
+        )
         rows_found = counted(self._without_room, "row is", "rows are")
         of_room = (
             f"{rows_found} too long beside generation.max_tokens alone: with {self._least_room} or less, or with `context`, "

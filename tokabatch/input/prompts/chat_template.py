@@ -48,13 +48,13 @@ class ChatTemplate:
         """Return notes on variables that the template does not read; `columns` are the input's."""
         own = [name for name in sorted(self.names - GIVEN) if not name.endswith("_token")]
         sentences = [
-            f"prompt.chat_template_kwargs: the chat template reads no {name!r}{did_you_mean(name, own)}; of its own it reads "
-            f"{list_columns(own)}"
+            f"warning: prompt.chat_template_kwargs: the chat template reads no {name!r}{did_you_mean(name, own)}; of its own "
+            f"it reads {list_columns(own)}"
             for name in self.kwargs
             if name not in self.names
         ]
         if TOOLS in columns and TOOLS not in self.names:
-            sentences.append("the column 'tools' is not used: the chat template reads no tools")
+            sentences.append("warning: the column 'tools' is not used: the chat template reads no tools")
         return tuple(sentences)
 
 

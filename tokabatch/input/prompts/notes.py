@@ -79,7 +79,8 @@ def _describe_settings(columns: Collection[str], read: Collection[str]) -> Itera
     names = sorted((set(columns) & GenerationConfig.model_fields.keys()) - set(read) - _PLAIN_NAMES)
     if names:
         yield (
-            f"not settings of their rows, and not used: {', '.join(names)}. A row's settings are a mapping in the column "
+            f"warning: not settings of their rows, and not used: {', '.join(names)}. A row's settings are a mapping in the "
+            "column "
             f'sampling_params: {{"{names[0]}": ...}}'
         )
 
@@ -93,14 +94,15 @@ def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str
             continue
         if _WRITTEN_NEWLINE.search(_TAGS.sub("", source)):
             yield (
-                f"prompt.{key} holds a backslash and 'n', as YAML's single quotes and the command line keep them; if a newline "
+                f"warning: prompt.{key} holds a backslash and 'n', as YAML's single quotes and the command line keep them; if "
+                "a newline "
                 f'is meant, put the template in double quotes: "...\\n..." (on a command line, \'prompt.{key}="...\\n..."\')'
             )
         if cut := _CUT_COMMAND.search(source):
             letter, sign, _ = _CUT_COMMANDS[cut[0][0]]
             yield (
-                f"prompt.{key} holds {sign} in front of {cut[0][1:]!r}, as \\{letter}{cut[0][1:]} becomes in double quotes; if "
-                "that command is meant, put the template in single quotes or below a block `|`"
+                f"warning: prompt.{key} holds {sign} in front of {cut[0][1:]!r}, as \\{letter}{cut[0][1:]} becomes in double "
+                "quotes; if that command is meant, put the template in single quotes or below a block `|`"
             )
         alike = {"template": rows, "few_shot.template": few_shot.k if few_shot else 0}.get(key, 0)
         constant = key in ("template", "few_shot.template") and not compile_template(source, f"prompt.{key}").names
@@ -110,9 +112,9 @@ def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str
             what = "examples" if key != "template" else "prompts"
             so = f", so all {alike:,} {what} are alike" if alike > 1 else ""
             remedy = remedy or f"write a column as {{{{ name }}}}; there are {list_columns(columns)}"
-            yield f"prompt.{key} names no column{so}; {remedy}"
+            yield f"warning: prompt.{key} names no column{so}; {remedy}"
         elif remedy:
-            yield f"prompt.{key} has names of columns in single braces, which are plain text; {remedy}"
+            yield f"warning: prompt.{key} has names of columns in single braces, which are plain text; {remedy}"
 
 
 def _describe_examples(config: PromptConfig) -> Iterator[str]:
@@ -123,8 +125,8 @@ def _describe_examples(config: PromptConfig) -> Iterator[str]:
     asked = compile_template(config.template, "prompt.template").names if config.template else frozenset((PROMPT,))
     if shown and shown <= asked:
         yield (
-            f"prompt.few_shot.template shows no column that a prompt does not ({', '.join(sorted(shown))}), so the examples "
-            "may lack their answers; an answer is written like any column, as in "
+            f"warning: prompt.few_shot.template shows no column that a prompt does not ({', '.join(sorted(shown))}), so the "
+            "examples may lack their answers; an answer is written like any column, as in "
             f"{accepts_of(FewShotConfig.model_fields['template']).example}"
         )
 
@@ -137,7 +139,8 @@ def describe_answer(job: Job) -> tuple[str, ...]:
     if not shows:
         return ()
     return (
-        f"{shows[0]} uses the column {answer!r}, the reference answer that samples are judged by (verify.answer): a model can "
+        f"warning: {shows[0]} uses the column {answer!r}, the reference answer that samples are judged by (verify.answer): a "
+        "model can "
         "copy what its prompt shows. Unless that is the task, leave it out of the prompt, or correct verify.answer",
     )
 
@@ -147,7 +150,10 @@ def describe_unscored(job: Job) -> tuple[str, ...]:
     given = job.prompt.continuations
     if job.mode == "score" or given == PromptConfig.model_fields["continuations"].default:
         return ()
-    return (f"prompt.continuations is {given!r}, which has no effect without `mode: score`: samples are drawn, none is scored",)
+    return (
+        f"warning: prompt.continuations is {given!r}, which has no effect without `mode: score`: samples are drawn, none is "
+        "scored",
+    )
 
 
 def describe_shots(job: Job) -> tuple[str, ...]:
@@ -159,7 +165,8 @@ def describe_shots(job: Job) -> tuple[str, ...]:
     if not shots or shots[0].resolve() not in {file.resolve() for file in files}:
         return ()
     return (
-        f"prompt.few_shot.path {few_shot.path} is input, too: its {first_counted(few_shot.k, 'row')} (prompt.few_shot.k) are "
+        f"warning: prompt.few_shot.path {few_shot.path} is input, too: its {first_counted(few_shot.k, 'row')} "
+        "(prompt.few_shot.k) are "
         "completed behind examples that hold their own answers; keep the examples in a file of their own",
     )
 
@@ -171,8 +178,8 @@ def _describe_markup(
     written = next((text for text in sorted(special_texts) if config.template and text and text in config.template), None)
     if chat and written:
         yield (
-            f"prompt.template writes the special token {written!r} itself, and its text goes through the chat template as "
-            "well; write prompt.chat: false if it holds the whole conversation"
+            f"warning: prompt.template writes the special token {written!r} itself, and its text goes through the chat "
+            "template as well; write prompt.chat: false if it holds the whole conversation"
         )
     if spelled.first is None:
         return

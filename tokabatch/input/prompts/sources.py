@@ -106,7 +106,7 @@ class PromptSource:
         if self._chat_template and (self.chat or self._config.messages or MESSAGES in present):
             unread = self._chat_template.describe(columns)
         else:
-            unread = ("the column 'tools' is not used: no chat template applies",) if TOOLS in columns else ()
+            unread = ("warning: the column 'tools' is not used: no chat template applies",) if TOOLS in columns else ()
         return (*(twofold if fields else ()), *unread)
 
     def draft(self, row: Mapping[str, Any], blank: Blank = as_written) -> Draft | RowError:

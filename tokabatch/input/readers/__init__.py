@@ -46,7 +46,7 @@ def describe_unused(config: InputConfig) -> tuple[str, ...]:
     """Return a note if there is a `split`, but the input is files, and neither one of them nor its folder is named after it. A
     local copy of one split seldom has the name of its `subset`."""
     return tuple(
-        f"input.{key} is {part!r}, but selects rows of a hub dataset alone (hf://datasets/OWNER/NAME): input.path "
+        f"warning: input.{key} is {part!r}, but selects rows of a hub dataset alone (hf://datasets/OWNER/NAME): input.path "
         f"{config.path!r} is read as a whole"
         for key, part, files in _of_hub_alone(config)
         if key == "split" and not any(_names("/".join(file.split("/")[-2:]), part) for file in files)

@@ -55,15 +55,15 @@ def describe_stops(stops: Mapping[str, str], tokenizer: Spells, special_texts: S
             typed = shlex.quote(f"{stops[stop]}={meant}")
             typed = f" (on a command line, {typed})" if [*stops.values()] == ["generation.stop"] else ""
             sentences.append(
-                f"{stops[stop]} holds '{stop}': a backslash and {escape[1]!r}, as single quotes and the command line keep "
-                f"them; if {_MEANT[escape[1]]} is meant, write {meant}, in double quotes{typed}"
+                f"warning: {stops[stop]} holds '{stop}': a backslash and {escape[1]!r}, as single quotes and the command line "
+                f"keep them; if {_MEANT[escape[1]]} is meant, write {meant}, in double quotes{typed}"
             )
         elif stop in never:
             sentences.append(
-                f"{stops[stop]} holds {stop!r}, which the tokenizer writes as {spelled[stop]!r}: a sample so written does not "
-                "stop"
+                f"warning: {stops[stop]} holds {stop!r}, which the tokenizer writes as {spelled[stop]!r}: a sample so written "
+                "does not stop"
             )
-    more = (f"{len(sentences) - LISTED:,} more stop strings are like these",) if len(sentences) > LISTED else ()
+    more = (f"warning: {len(sentences) - LISTED:,} more stop strings are like these",) if len(sentences) > LISTED else ()
     return (*sentences[:LISTED], *more)
 
 
