@@ -17,7 +17,12 @@ from tokabatch.errors import InputError, JobError
 from tokabatch.input.batch_files import open_rows, settle_format
 from tokabatch.input.fingerprint import describe
 from tokabatch.input.generation_defaults import effective_generation
-from tokabatch.input.prompts.chat_template import choose_chat_template, refuse_missing_chat_template
+from tokabatch.input.prompts.chat_template import (
+    chat_template_file,
+    choose_chat_template,
+    is_jinja,
+    refuse_missing_chat_template,
+)
 from tokabatch.input.prompts.columns import PromptColumns, check_columns, check_first_rows
 from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.prompts.row_settings import refuse_beyond, refuse_beyond_context
@@ -85,6 +90,19 @@ def refuse_without_gpu(model: ModelConfig, engine: EngineConfig) -> None:
     raise JobError(f"{fp8_key(model, engine)} {FP8_NEEDS}: {_NO_GPU}. {_WHERE_GPUS}")
 
 
+def refuse_missing_files(job: Job) -> None:
+    """Raise JobError for a file that the job names and that is not there, where no other check opens it; also if what was read
+    from it earlier is in the output folder. A `prompt.chat_template` is a file if it looks like one: names have no suffix."""
+    template = None if job.prompt.token_ids or chat_template_file(job.prompt) else job.prompt.chat_template
+    if template is not None and not is_jinja(template) and ("/" in template or Path(template).suffix[1:].isalpha()):
+        raise JobError(f"prompt.chat_template: there is no file {template!r} in {Path.cwd()}; check the path")
+    if job.engine.profile is not None and not Path(job.engine.profile).is_file():
+        raise JobError(
+            f"engine.profile: there is no file {job.engine.profile!r} in {Path.cwd()}; make one from a finished run with "
+            "`tokabatch profile OUT --to profile.json`, or leave engine.profile out"
+        )
+
+
 def refuse_early(
     job: Job, *, shared: bool = False, overwrite: bool = False, retry_errors: bool = False, absent_gpu: bool = False
 ) -> None:
@@ -114,6 +132,7 @@ def refuse_early(
         name = job.model.tokenizer or job.model.path
         if choose_chat_template(job.prompt, {}, name) is None:
             refuse_missing_chat_template(job.prompt, name)
+    refuse_missing_files(job)
     columns = PromptColumns(job.prompt)
     if job.prompt.few_shot is not None:
         few_shot = job.prompt.few_shot

@@ -82,6 +82,11 @@ FILES = {
     "output: o\ngeneration: hot\nverify: gsm8k\n",
     "place.yaml": "model: {path: m}\ninput: {path: x, template: t}\noutput: {dir: o}\n"
     "generation: {verify: {kind: exact}}\nprompt: {messages: [{role: user, content: x}]}\n",
+    "weights/config.json": "{}",
+    "weights/tokenizer.json": "{}",
+    "repository/.git/HEAD": "",
+    "project/pyproject.toml": "",
+    "notes/notes.md": "",
     "loop.jinja": "{% for m in %}",
     "requests.jsonl": '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "x"}}\n'
     * 2,
@@ -351,9 +356,12 @@ MISTAKES = [
         ("run", Q, "prompt.few_shot.k=900"),
         r"yaml:\d+: .* holds 4 rows, but few_shot\.k is 900; lower k",
     ),
-    (("run", Q, "prompt.template={{ question | uper }}"), "line 1: No filter named 'uper'"),
+    (("run", Q, "prompt.template={{ question | uper }}"), r"line 1: No filter named 'uper'; did you mean upper\?\n"),
     (("run", Q, "prompt.template={% include 'x' %}"), "cannot include other files.*; remove that tag"),
-    (("run", Q, "prompt={messages: chat}"), "needs a chat template.*give one as prompt.chat_template"),
+    (
+        ("run", Q, "prompt={messages: chat}"),
+        "needs a chat template.*give one as prompt.chat_template, or write the prompt as prompt.template instead",
+    ),
     (
         ("run", Q, "prompt.chat_template=chat.jinja"),
         "there is no file 'chat.jinja', and the tokenizer",
@@ -380,6 +388,28 @@ MISTAKES = [
         ("run", Q, "output.path=foreign"),
         "no run wrote .*Choose another output.path, or move it away",
     ),
+    (("run", Q, "output.path=weights"), r"holds a model \(config\.json, tokenizer\.json\), .*; name a folder .* weights/run\n"),
+    (
+        ("run", Q, "output.path=repository"),
+        r"holds a repository \(\.git\), .*; name a folder that is empty or new, such as rep",
+    ),
+    (("run", Q, "output.path=project", "--overwrite"), r"holds a Python project \(pyproject\.toml\), .*; name a folder that"),
+    (("run", Q, "generation.n="), r"=`: has no value; write generation\.n=4 or generation\.n=null for the default\n"),
+    (
+        ("run", Q, "prompt.system="),
+        r"write 'prompt\.system=.*' or prompt\.system=null for none\n",
+    ),
+    (
+        ("run", Q, "verify.options.pattern="),
+        r"write 'verify\.options\.pattern=\"\"' for empty text or verify\.options\.pattern=null",
+    ),
+    (("run", Q, "output.path="), r"`output\.path=`: has no value; write output\.path=out/first\n"),
+    (("run", Q, "verify="), r"`verify=`: has no value; write 'verify=\{.*\}' or verify=null for none\n"),
+    (("run", Q, "generation.m="), r"generation\.m=`: unknown key; the keys of generation are"),
+    (("run", Q, "engine.profile=none.json"), r"there is no file 'none\.json' in /.*; make one from a finished run with `tokab"),
+    (("run", Q, "prompt.template={{ question is odds }}"), r"No test named 'odds'; did you mean odd\?\n"),
+    (("run", Q, "prompt.chat=true"), r"needs a chat template, .*; give one as prompt\.chat_template, or remove prompt\.chat"),
+    (("run", Q, "prompt.template={{ context | upper }}"), r"put default\(''\) in front of its other filters, or another"),
     (("run", Q, "verify.kind=./judge_without.py"), r"has no function `verify\(text, row\)`; add one"),
     (("run", Q, "verify.kind=./judge_named.py"), r"add one, or name another: \./judge_named\.py:grade\."),
     (

@@ -463,7 +463,6 @@ class TestOverrides:
             ("prompt.template= x ", " x "),
             ("prompt.template='42'", "42"),
             ("prompt.template=null", None),
-            ("prompt.template=", None),
         ],
     )
     def test_text_values(self, override: str, value: str | None) -> None:

@@ -23,7 +23,7 @@ from pyarrow.dataset import dataset
 from support import tiny_models
 
 from tokabatch import Job, RunSummary, cli, plan, run
-from tokabatch.errors import InputError, OutputError
+from tokabatch.errors import InputError, JobError, OutputError
 from tokabatch.input import verifier_files
 from tokabatch.input.store import kept_input
 from tokabatch.input.tokenizer.tokenizer import Tokenizer
@@ -338,7 +338,7 @@ def test_other_weights_tokenizers_and_rows_are_refused(go, model, rows, tmp_path
     unread = mock.Mock(side_effect=AssertionError("the input was read"))
     with (
         mock.patch.multiple(preparation, ingest=unread, load_kept=unread),
-        pytest.raises(OutputError, match=r"model/model\.safetensors: [\d,]+ bytes, sha256 .* then, "),
+        pytest.raises(OutputError, match=r"model/model\.safetensors has changed \([\d,]+ bytes\)\n"),
     ):
         go(**changes)
     weights.write_bytes((model / "model.safetensors").read_bytes())
@@ -351,14 +351,20 @@ def test_other_weights_tokenizers_and_rows_are_refused(go, model, rows, tmp_path
         go()
 
 
-def test_a_chat_template_is_known_by_its_text(go, tmp_path):
+def test_a_chat_template_is_known_by_its_text(go, model, rows, tmp_path):
     files = [tmp_path / name for name in ("chat.jinja", "moved.jinja")]
     for file in files:
         file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}!")
     go(steps=20, prompt={"chat_template": str(files[0])})
     assert go(steps=2, prompt={"chat_template": str(files[1])}).earlier > 0
+    for keys, message in (
+        ({"prompt": {"chat_template": str(tmp_path / "none.jinja")}}, r"prompt\.chat_template: there is no file"),
+        ({"engine": {"profile": str(tmp_path / "none.json")}}, r"engine\.profile: there is no file"),
+    ):
+        with pytest.raises(JobError, match=message):
+            refuse_early(job(model, rows, tmp_path / "out", generation={"seed": 9}, **keys))
     files[1].write_text("{% for m in messages %}{{ m.content }}{% endfor %}?")
-    with pytest.raises(OutputError, match=r"prompt\.chat_template: .[\d,]+ bytes, sha256 .* then, "):
+    with pytest.raises(OutputError, match=r"prompt\.chat_template has changed \([\d,]+ bytes\)\n"):
         go(prompt={"chat_template": str(files[1])})
     with pytest.raises(OutputError, match=r"prompt\.chat_template_kwargs: absent then, .*thinking.* now"):
         go(prompt={"chat_template": str(files[0]), "chat_template_kwargs": {"thinking": True}})
@@ -578,7 +584,10 @@ def test_another_verifier_is_another_job(go, tmp_path, monkeypatch):
     go(steps=20)
     assert go(steps=2).earlier > 0
     source.write_text(source.read_text() + "\n# edited")
-    with pytest.raises(OutputError, match=r"verifier/gsm8k: [\d,]+ bytes, sha256 .* then"):
+    with pytest.raises(
+        OutputError,
+        match=r"that another verifier judged:\n  verify\.kind: gsm8k has changed \([\d,]+ bytes then, [\d,]+ bytes now\)\n",
+    ):
         go()
 
 

@@ -164,7 +164,7 @@ def test_interrupted_it_continues(rows: Path, judge: Path, tmp_path: Path, monke
     with scripted_engine():
         with pytest.raises(OutputError, match=r"has not judged 3 of 4 files yet.*`tokabatch score"):
             run(scripted_job(rows, out, output=output, verify={"kind": str(judge)}))
-        with pytest.raises(OutputError, match="holds the run of another job"):
+        with pytest.raises(OutputError, match="holds a run that another verifier judged"):
             run(scripted_job(rows, out, output=output, verify=OLD))
     assert score(out).files == 3
     check_even(out)

@@ -64,11 +64,11 @@ def test_a_file_outside_the_package_judges_the_samples(rows, tmp_path):
     assert summary.unverified_reasons == ("ValueError: the reference is no number of letters in line 13 (6 samples)",)
     assert scripted_run(rows, tmp_path / "out", verify=verify).ok == 18
     own.write_text(OWN.replace(">=", "<="))
-    with pytest.raises(OutputError, match=r"verifier/.*length\.py: [\d,]+ bytes, sha256 .* then"):
+    with pytest.raises(OutputError, match=r"verify\.kind: .*length\.py has changed \([\d,]+ bytes\)\n"):
         scripted_run(rows, tmp_path / "out", verify=verify)
     own.write_text(OWN)
     (tmp_path / "limits.py").write_text("MORE = 1")
-    with pytest.raises(OutputError, match=r"verifier/limits\.py: 8 bytes, sha256 .* then"):
+    with pytest.raises(OutputError, match=r"verify\.kind: limits\.py has changed \(8 bytes\)\n"):
         scripted_run(rows, tmp_path / "out", verify=verify)
 
 

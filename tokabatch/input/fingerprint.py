@@ -29,6 +29,8 @@ PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min
 UNKNOWN = ""
 """Stands for a setting that is not known yet; no setting is the empty text."""
 _SHOWN = 60
+_FILE_MARK = re.compile(r'"?([0-9,]+ bytes?), sha256 [0-9a-f]{64}"?')
+_JUDGE = "verifier/"
 _PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z_./][\w./:-]*", re.ASCII)
 """Text that needs no quotes in an override."""
 
@@ -91,17 +93,19 @@ def describe(
 def verify_settings(verify: VerifyConfig) -> dict[str, str]:
     """Return what the verdicts depend on, including the judge's source and what it imports from its folder."""
     keys = {f"verify.{name}": json.dumps(value, ensure_ascii=False) for name, value in verify.decisive().items()}
-    return {f"verifier/{name}": _mark(content) for name, content in verifier_files(verify.kind).items()} | keys
+    return {f"{_JUDGE}{name}": _mark(content) for name, content in verifier_files(verify.kind).items()} | keys
 
 
 def verify_overrides(earlier: Fingerprint, now: Fingerprint) -> list[str]:
     """Return the overrides that judge a folder of `earlier` as `now` does; empty if `now` judges nothing."""
-    values = {name: json.loads(value) for name, value in now.settings.items() if name.startswith("verify.")}
+    named = {name: json.loads(value) for name, value in now.settings.items() if name.startswith("verify.")}
+    # Without what is null then and now.
+    values = {name: value for name, value in named.items() if value is not None or earlier.settings.get(name) != "null"}
     if not values:
         return []
     gone = {
         name: VerifyConfig.model_fields[name.removeprefix("verify.")].default
-        for name in earlier.settings.keys() - values.keys()
+        for name in earlier.settings.keys() - named.keys()
         if name.startswith("verify.")
     }
     consent = {"verify.allow_code_execution": True} if values["verify.kind"] == "code" else {}
@@ -114,7 +118,7 @@ def verify_overrides(earlier: Fingerprint, now: Fingerprint) -> list[str]:
 
 def is_of_verify(name: str) -> bool:
     """Return whether a setting is one of `verify_settings`."""
-    return name.startswith(("verify.", "verifier/"))
+    return name.startswith(("verify.", _JUDGE))
 
 
 def changed_settings(earlier: Fingerprint, now: Fingerprint) -> list[str]:
@@ -123,11 +127,10 @@ def changed_settings(earlier: Fingerprint, now: Fingerprint) -> list[str]:
     weights_here = any(name.endswith(WEIGHTS) for name in now.settings)
     names = dict.fromkeys((*now.settings, *earlier.settings))
     compared = [name for name in names if weights_here or not name.endswith((WEIGHTS, WEIGHT_INDEX))]
-    return [
-        f"{name}: {_shown(earlier.settings.get(name))} then, {_shown(now.settings.get(name))} now"
-        for name in compared
-        if now.settings.get(name) not in (UNKNOWN, earlier.settings.get(name))
-    ]
+    differs = [name for name in compared if now.settings.get(name) not in (UNKNOWN, earlier.settings.get(name))]
+    # Another judge has other files.
+    named = [name for name in differs if not (name.startswith(_JUDGE) and "verify.kind" in differs)]
+    return [_difference(name, earlier.settings.get(name), now.settings.get(name)) for name in named]
 
 
 def changed_sizes(earlier: Fingerprint, now: Fingerprint) -> list[str]:
@@ -137,6 +140,18 @@ def changed_sizes(earlier: Fingerprint, now: Fingerprint) -> list[str]:
         for name in dict.fromkeys((*earlier.input_bytes, *now.input_bytes))
         if earlier.input_bytes.get(name) != now.input_bytes.get(name)
     ]
+
+
+def _difference(name: str, then: str | None, now: str | None) -> str:
+    """Describe one setting that differs, or one file, by its size alone."""
+    if name.startswith(_JUDGE):
+        name = f"verify.kind: {name.removeprefix(_JUDGE)}"
+    marks = [_FILE_MARK.fullmatch(value) for value in (then or "", now or "")]
+    if marks[0] and marks[1]:
+        sizes = [mark[1] for mark in marks if mark]
+        return f"{name} has changed ({f'{sizes[0]} then, {sizes[1]} now' if sizes[0] != sizes[1] else sizes[0]})"
+    then, now = (mark[1] if mark else _shown(value) for mark, value in zip(marks, (then, now), strict=True))
+    return f"{name}: {then} then, {now} now"
 
 
 def _mark(content: bytes) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import pathlib
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from tokabatch.errors import JobError
 from tokabatch.job.control_characters import control_characters
 from tokabatch.job.document import Path, parse_document
-from tokabatch.job.keys import field_at, section_of, takes_list
+from tokabatch.job.keys import accepts_of, field_at, section_of, takes_list
 from tokabatch.job.refusals import PYTHON_NONE, Refusal, dotted, refusals_of
 from tokabatch.job.scalars import parse_scalar
 
@@ -37,6 +38,7 @@ class _Draft:
     """Values before validation, with where each was written and the problems found so far."""
 
     name: str
+    model: type[BaseModel]
     values: dict[str, Any]
     lines: dict[Path, int] = field(default_factory=dict)
     overrides: dict[Path, str] = field(default_factory=dict)
@@ -70,9 +72,9 @@ class Written:
 def load_model(model: type[Model], source: object, overrides: Sequence[object]) -> tuple[Model, Written]:
     """Read, override and validate. Raises JobError naming file and line, or override, for every problem found."""
     if isinstance(source, Mapping):
-        draft = _Draft("job", _copied(source))
+        draft = _Draft("job", model, _copied(source))
     elif isinstance(source, str | pathlib.Path):
-        draft = _draft_of_file(pathlib.Path(source))
+        draft = _draft_of_file(model, pathlib.Path(source))
     else:
         raise JobError(f"got a Python {type(source).__name__}; a job is the path of a job file, or a mapping of its sections")
     for number, override in enumerate(overrides):
@@ -130,13 +132,15 @@ def _copied(value: Any) -> Any:
         return value
 
 
-def _draft_of_file(path: pathlib.Path) -> _Draft:
+def _draft_of_file(model: type[BaseModel], path: pathlib.Path) -> _Draft:
     document = parse_document(_read_text(path), str(path))
     if not isinstance(document.values, dict):
         found = "nothing" if document.values is None else "a list" if isinstance(document.values, list) else "plain text"
         raise JobError(f"{path}: holds {found}; a job file is a mapping of sections, for example `model: {{path: …}}`")
     misread = frozenset(key for key, line, _ in document.problems if document.lines.get(key) == line)
-    draft = _Draft(str(path), document.values, document.lines, empty=document.empty, misread=misread, dashed=document.dashed)
+    draft = _Draft(
+        str(path), model, document.values, document.lines, empty=document.empty, misread=misread, dashed=document.dashed
+    )
     for key_path, line, message in document.problems:
         draft.problems.append((line, ": ".join(filter(None, (f"{path}:{line}", dotted(key_path), message)))))
     return draft
@@ -176,6 +180,9 @@ def _apply(draft: _Draft, override: str, number: int) -> None:
     if not equals or not all(parts):
         draft.problems.append((_rank(number), f"override `{override}`: write key=value, for example generation.n=4"))
         return
+    if not text.strip() and (remedy := _for_empty(draft.model, parts)):
+        draft.problems.append((_rank(number), f"override `{override}`: has no value; write {remedy}"))
+        return
     try:
         value = _parse_value(text)
     except JobError:
@@ -194,6 +201,21 @@ def _apply(draft: _Draft, override: str, number: int) -> None:
     draft.overrides = {path: raw for path, raw in draft.overrides.items() if path[: len(written)] != written}
     # Also for the topmost section that it created, so that a key missing there is attributed to this override.
     draft.overrides[written] = draft.overrides[parts] = override
+
+
+def _for_empty(model: type[BaseModel], parts: tuple[str, ...]) -> str:
+    """Return what to write in place of an override without a value, such as that of a shell's variable that is not set; nothing
+    for an unknown key. No key of the schema accepts empty text, values in a mapping may be one."""
+    key, info = ".".join(parts), field_at(model, parts)
+    if info is not None:
+        example = shlex.quote(f"{key}={accepts_of(info).example}")
+        null = f" or {key}=null for {'none' if info.default is None else 'the default'}"
+        return example if info.is_required() else f"{example}{null}"
+    above = field_at(model, parts[:-1])
+    if above is None or section_of(above.annotation) is not None:
+        return ""
+    empty = shlex.quote(key + '=""')
+    return f"{empty} for empty text or {key}=null for null"
 
 
 def _parse_value(text: str) -> Any:

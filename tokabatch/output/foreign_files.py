@@ -21,7 +21,7 @@ from tokabatch.number_text import counted
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.journal import Record, begins_record
 from tokabatch.output.plain_json import to_document
-from tokabatch.storage.listing import ListedFile, consistently, is_there, list_files, read_bytes, unreadable
+from tokabatch.storage.listing import ListedFile, consistently, is_there, list_files, list_names, read_bytes, unreadable
 from tokabatch.storage.parquet_file import ParquetFile
 
 RUN_KEY = b"tokabatch.run"
@@ -30,18 +30,27 @@ _KEY_TYPES = {"row_index": pa.int64(), "status": pa.string()}
 """Columns of every shard, also of versions that did not name the run."""
 _STEPS, _DIGESTS = frozenset({"seconds", "running"}), frozenset({"content", "prompt"})
 _SHOWN = 5
+_REPOSITORIES, _PROJECTS = (".git", ".hg", ".svn"), ("pyproject.toml", "setup.py", "setup.cfg")
+_MODEL_CONFIG, _TOKENIZER = "config.json", ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+"""Files that tell a folder's other use, which a folder of results is kept apart from."""
 _MOST_BYTES = 4 << 20
 """No run writes larger JSON, except `_SUCCESS`, which names every shard."""
 
 
 def refuse_foreign(folder: OutputFolder, *, overwrite: bool = False) -> None:
     """Raise OutputError if the folder holds files that no run wrote: in data/ or, without the manifest of a run, under any name
-    that a run writes or removes. With `overwrite`, which deletes the files of a run, nothing else may be among its shards
-    either."""
+    that a run writes or removes; or if a folder without a run is a model's, a repository or a Python project. With `overwrite`,
+    which deletes the files of a run, nothing else may be among its shards either."""
     try:
         foreign = consistently(lambda: _foreign(folder, overwrite), folder.path)
     except OSError as error:
         raise unreadable(folder.path, error) from error
+    if not foreign and (kind := _other_use(folder)):
+        raise OutputError(
+            f"output.path {str(folder.path)!r} holds {kind}, and a run would write its Parquet files beside it; name a folder "
+            f"that is empty or new, such as {folder.path / 'run'}"
+        )
     if foreign:
         names = ", ".join(foreign[:_SHOWN]) + ", …" * (len(foreign) > _SHOWN)
         number, them = counted(len(foreign), "file"), "it" if len(foreign) == 1 else "them"
@@ -49,6 +58,23 @@ def refuse_foreign(folder: OutputFolder, *, overwrite: bool = False) -> None:
             f"output.path {str(folder.path)!r} holds {number} that no run wrote ({names}), where a run's own would be. "
             f"Choose another output.path, or move {them} away."
         )
+
+
+def _other_use(folder: OutputFolder) -> str:
+    """Return what a folder without the manifest of a run holds, where that is a model, a repository or a Python project; else
+    nothing. Raises OutputError if it cannot be read."""
+    there = folder.files.look(folder.path)
+    if there is None or not stat.S_ISDIR(there.st_mode) or has_manifest(folder):
+        return ""
+    names = list_names(folder.files, folder.path)
+    if repository := next((name for name in _REPOSITORIES if name in names), None):
+        return f"a repository ({repository})"
+    if project := next((name for name in _PROJECTS if name in names), None):
+        return f"a Python project ({project})"
+    weights = next((name for name in sorted(names) if name.endswith(_WEIGHTS)), None)
+    if _MODEL_CONFIG in names and (weights or any(name in names for name in _TOKENIZER)):
+        return f"a model ({_MODEL_CONFIG}, {weights or next(name for name in _TOKENIZER if name in names)})"
+    return ""
 
 
 def is_manifest(value: object) -> bool:

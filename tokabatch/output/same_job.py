@@ -132,6 +132,7 @@ class EarlierRun:
         self.repaired = int(other_rows.sum())
 
     def _refuse(self, differences: list[str], now: Fingerprint | None = None) -> NoReturn:
+        what = "holds the run of another job; what decides its output differs"
         advice = "Choose another output.path, change it back, or start over with --overwrite."
         overrides = verify_overrides(self.manifest.fingerprint, now) if now is not None else []
         if any(difference.startswith("verify.stop") for difference in differences):
@@ -142,14 +143,12 @@ class EarlierRun:
         elif overrides and all(is_of_verify(difference) for difference in differences):
             command = " ".join(("tokabatch score", *map(quote, (str(self.folder.path), *overrides))))
             advice = f"The samples are the same: `{command}` judges them by this job's verifier; then the run can be continued."
+            what = "holds a run that another verifier judged"
         elif any(difference.startswith("model.dtype: ") for difference in differences):
             then = json.loads(self.manifest.fingerprint.settings["model.dtype"])
             advice += f" With model.dtype={then} that run is continued (auto follows the device)."
         listed = "".join(f"\n  {difference}" for difference in differences)
-        raise OutputError(
-            f"output.path {str(self.folder.path)!r} holds the run of another job; what decides its output differs:{listed}\n"
-            f"{advice}"
-        )
+        raise OutputError(f"output.path {str(self.folder.path)!r} {what}:{listed}\n{advice}")
 
 
 def find_run(folder: OutputFolder, *, retry_errors: bool = False, replaceable: bool = False) -> EarlierRun | None:

@@ -76,16 +76,17 @@ def choose_chat_template(config: PromptConfig, templates: Mapping[str, str], tok
 
 def refuse_missing_chat_template(config: PromptConfig, tokenizer: str) -> None:
     """Raise JobError if the job needs a chat template; called where there is none."""
+    instead = "remove prompt.chat: the model then continues the text of prompt.template"
     needs = {
-        "prompt.chat: true": config.chat is True,
-        "prompt.messages": config.messages,
-        "prompt.system": config.system,
-        "prompt.chat_template_kwargs": config.chat_template_kwargs,
+        "prompt.messages": (config.messages, "write the prompt as prompt.template instead"),
+        "prompt.system": (config.system, "put its text in front of prompt.template instead"),
+        "prompt.chat: true": (config.chat is True, instead),
+        "prompt.chat_template_kwargs": (config.chat_template_kwargs, "remove them"),
     }
-    if key := next((key for key, needed in needs.items() if needed), None):
+    if key := next((key for key, (needed, _) in needs.items() if needed), None):
         raise JobError(
-            f"{key} needs a chat template, but the tokenizer of {tokenizer!r} has none; give one as prompt.chat_template, or "
-            "use prompt.template alone"
+            f"{key} needs a chat template, but the tokenizer of {tokenizer!r} has none: base models have none, instruct models "
+            f"do; give one as prompt.chat_template, or {needs[key][1]}"
         )
 
 
@@ -101,7 +102,7 @@ def blank_texts(value: Any, blank: Blank) -> Any:
 def chat_template_file(config: PromptConfig) -> Path | None:
     """Return the file that `prompt.chat_template` names; None if it names none."""
     given = config.chat_template
-    return Path(given) if given and not _is_jinja(given) and Path(given).is_file() else None
+    return Path(given) if given and not is_jinja(given) and Path(given).is_file() else None
 
 
 def _sources(config: PromptConfig, templates: Mapping[str, str], tokenizer: str) -> dict[str, str] | None:
@@ -109,7 +110,7 @@ def _sources(config: PromptConfig, templates: Mapping[str, str], tokenizer: str)
     chosen, file = config.chat_template, chat_template_file(config)
     if file is not None:
         return {f"prompt.chat_template {chosen!r}": _read(file)}
-    if chosen is not None and _is_jinja(chosen):
+    if chosen is not None and is_jinja(chosen):
         return {"prompt.chat_template": chosen}
     if chosen is not None and chosen not in templates:
         held = f"has the templates {_listed(templates)}" if templates else "has no chat template of its own"
@@ -126,7 +127,8 @@ def _sources(config: PromptConfig, templates: Mapping[str, str], tokenizer: str)
     return None
 
 
-def _is_jinja(text: str) -> bool:
+def is_jinja(text: str) -> bool:
+    """Return whether a text is a template, not the name of one or of a file."""
     return "{%" in text or "{{" in text
 
 

@@ -48,7 +48,8 @@ class PromptColumns:
             remedy = f". A template reads one by its name: {ROW}[...]" if list(missing) == [ROW] else ""
             unlike = [name for name in missing if name in self.own_names and not near[name]]
             if unlike and not remedy:
-                remedy = f"; {optional(unlike[0])}"
+                filtered = any(unlike[0] in template.filtered for template in self.templates.values())
+                remedy = f"; {optional(unlike[0], filtered=filtered)}"
             raise InputError(
                 f"{next(iter(missing.values()))}: {has} no column {', '.join(f'{name}{near[name]}' for name in missing)}; "
                 f"{its} columns are {list_columns(present)}{later}{remedy}"

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,15 @@ NOT_IN_PROMPTS = (nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport, 
 @dataclass(frozen=True, slots=True)
 class Template:
     """A compiled template. `names` are all columns that it mentions; `by_name` those that it mentions only as `row['name']`,
-    and `row` itself if that is its only use."""
+    and `row` itself if that is its only use; `filtered` those with a filter of the template's own."""
 
     sandbox: Sandbox
     compiled: CompiledTemplate
     names: frozenset[str]
     by_name: frozenset[str]
+    filtered: frozenset[str | None]
     _required: frozenset[str]
     _non_null: frozenset[str]
-    _filtered: frozenset[str | None]
 
     def required(self, present: Collection[str]) -> frozenset[str]:
         """Return the columns that the input must have, given those that are `present`."""
@@ -55,7 +56,7 @@ class Template:
             error = missing_field(absent[0], row, template=True)
             null = [repr(name) for name in absent[1:] if {name, absent[0]} <= row.keys()]
             also = f" (so {'is' if len(null) == 1 else 'are'} {', '.join(null)})" if null else ""
-            return RowError(error.code, f"{error.message}{also}; {optional(absent[0], filtered=absent[0] in self._filtered)}")
+            return RowError(error.code, f"{error.message}{also}; {optional(absent[0], filtered=absent[0] in self.filtered)}")
         values: dict[str, Any] = dict.fromkeys(self._required - self._non_null)
         values |= {name: row[name] for name in self.names if name in row}
         if ROW in self.names and ROW not in row:
@@ -89,6 +90,10 @@ def compile_template(source: str, key: str) -> Template:
             hint = "close what was opened: {{ name }}, {% if … %} … {% endif %}"
         elif "end of print statement" in message:  # Two words, where Jinja expects one.
             hint = "a column whose name is not one word is written row['its name']"
+        elif unknown := re.fullmatch(r"No (filter|test) named '(\w+)'", message):
+            known = sorted(name for name in (sandbox.filters if unknown[1] == "filter" else sandbox.tests) if name[0] != "_")
+            near = get_close_matches(unknown[2], known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise JobError(f"{key} is not a valid Jinja template: line {error.lineno}: {message}; {hint}") from error
     except Exception as error:  # Jinja's parser and Python's compiler raise many kinds
         raise JobError(f"{key} is not a valid Jinja template: {error or type(error).__name__}") from error
@@ -104,7 +109,7 @@ def compile_template(source: str, key: str) -> Template:
         by_name = frozenset(name for name in (*found, ROW) if name is not None) - plain
     required = (plain | by_name - {ROW}) - frozenset(_guarded(tree))
     non_null = required - frozenset(_tested(tree))
-    return Template(sandbox, compiled, names | by_name, by_name, required, non_null, frozenset(_filtered(tree)))
+    return Template(sandbox, compiled, names | by_name, by_name, frozenset(_filtered(tree)), required, non_null)
 
 
 def _refuse_file(source: str, key: str) -> None:
