@@ -59,9 +59,12 @@ def test_verified_jobs_with_worked_examples(name: str, tmp_path: Path) -> None:
     assert list(summary.pass_at_k or ()) == [1, 2] and len(samples) == 6
     # The page shows the prompts, examples included, made again of the rows in the output.
     record = read_record(tmp_path / "out")
-    assert set(record.prompts) == {0, 1, 2} and "Answer: " in record.prompts[0]
+    assert set(record.prompts) == {0, 1, 2} and "Answer: " in record.prompts[0].text
     page = render_page(record)
     assert "<summary>Prompt, " in page and "Wrong samples" in page and "not shown" not in page
+    assert record.prompts[0].text.endswith(own := record.prompts[0].own_part) and 0 < len(own) < len(record.prompts[0].text) / 2
+    assert "<th>prompt template<td>" in page and "<th>examples in front<td>" in page and "<th>chat template" not in page
+    assert "Hardest rows" in page and "Right samples by row" in page
     more, _ = complete(name, tmp_path / "out", "generation.n=4")  # A finished run is extended.
     assert (more.ok, more.earlier) == (12, 6)
 
@@ -69,6 +72,11 @@ def test_verified_jobs_with_worked_examples(name: str, tmp_path: Path) -> None:
 def test_chat_with_a_system_prompt(tmp_path: Path) -> None:
     _, samples = complete("chat", tmp_path / "out")
     assert len(samples) == 6
+    record = read_record(tmp_path / "out")
+    assert [record.prompts[row].own_part for row in range(3)] == ["Why is the sky blue?", "A larger one?", "Good morning!"]
+    facts = dict(record.facts)
+    assert facts["system prompt"] == "You answer in one short sentence."
+    assert "{{ m.role }}" in facts["chat template"] and facts["prompt from column"] == "messages"
     job = Job.load("jobs/chat.yaml", *SMALL, *RUNS["chat"], f"output.path={tmp_path / 'plan'}")
     assert "You answer in one short sentence." in _first_prompt(job)
 
@@ -82,6 +90,7 @@ def test_code_is_judged_by_the_tests_of_its_row(tmp_path: Path) -> None:
 def test_multiple_choice(tmp_path: Path) -> None:
     _, samples = complete("multiple_choice", tmp_path / "out")
     assert len(samples) == 3 and all(sample["correct"] is not None for sample in samples)
+    assert "<div class=prompt>Prompt: Which planet is the largest? A. Mars" in render_page(read_record(tmp_path / "out"))
     job = Job.load("jobs/multiple_choice.yaml", *SMALL, CHAT, f"output.path={tmp_path / 'plan'}")
     assert "C. Jupiter\nD. Mercury\nAnswer with the letter alone." in _first_prompt(job)
 
@@ -111,7 +120,7 @@ def test_scoring(tmp_path: Path) -> None:
     assert all(sample["cumulative_logprob"] < 0 for sample in samples)
     assert {sample["text"] for sample in samples} >= {" Rome.", " 56."}
     record = read_record(tmp_path / "out")
-    assert record.prompts[0].endswith("What is the capital of Italy? The answer is") and record.per_token is not None
+    assert record.prompts[0].text.endswith("What is the capital of Italy? The answer is") and record.per_token is not None
     assert record.per_token.of_texts.shape == (5,) and len(record.samples_shown["lowest"]) == 2
 
 

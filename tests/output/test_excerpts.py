@@ -16,7 +16,7 @@ from tokabatch.errors import DamageError
 from tokabatch.input.fingerprint import Fingerprint
 from tokabatch.output import excerpts as chosen
 from tokabatch.output.claim import Claim
-from tokabatch.output.excerpts import ErrorRow, Excerpt, Kind, error_rows, excerpts, finish_reasons
+from tokabatch.output.excerpts import ErrorRow, Excerpt, Kind, error_rows, excerpts, finish_reasons, read_samples
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.manifest import Manifest, Versions, write_manifest
 from tokabatch.output.schema import CORRECT, VERDICT_FIELDS, output_schema
@@ -179,3 +179,14 @@ def test_a_few_examples_open_the_shards_that_they_come_from_alone(tmp_path: Path
     monkeypatch.setattr(chosen, "open_shard", noting)
     assert [each.row_index for each in excerpts(out, 3)["right"]] == [0] and len(set(opened)) == 1
     assert len(excerpts(out, 5, whole=True)["right"]) == 5 and len(set(opened)) == 9
+
+
+def test_samples_are_read_by_their_places_over_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokabatch.output.shards._ROW_GROUP_BYTES", 1)
+    out = folder(tmp_path / "out", [good(4, 0), good(1, 0)], [good(2, 0), bad(3, 0, "bad_json"), good(0, 0)])
+    shards = OutputFolder(out).shards()
+    found = read_samples(shards, [4, 1, 2, 0, 1])
+    assert [(each.row_index, each.id, each.text, each.columns) for each in found] == [
+        (row, f"id{row}", "", {"question": f"question {row}"}) for row in (0, 1, 2, 4, 1)
+    ]
+    assert read_samples(shards, []) == []

@@ -10,11 +10,13 @@ from html import escape
 import numpy as np
 import pytest
 
+from tokabatch.input.prompts.rebuild import RebuiltPrompt
 from tokabatch.number_text import seconds_text
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt
 from tokabatch.output.steps import elapsed
-from tokabatch.report.page import PerToken, RunRecord, _cells, _columns, render_page
+from tokabatch.report.page import _cells, _columns, render_page
 from tokabatch.report.plots import Band, Curve, histogram, over_time, with_bands
+from tokabatch.report.run_record import PerToken, RunRecord
 from tokabatch.report.step_figures import _rates, _thin
 from tokabatch.scoring.estimates import Estimate
 
@@ -70,7 +72,7 @@ def test_a_page_says_what_it_is_and_what_its_figures_mean() -> None:
     page = render_page(replace(RUN, estimates=(*(RUN.estimates or ()), Estimate("best-of-4", 0.4, 0.3, 0.5))))
     assert "<title>tokabatch report: out/&lt;b&gt;</title>" in page and "<h1><small>tokabatch report</small>out/" in page
     assert "pass@k: the chance that at least one of k samples of a row is right. best-of-k: the score of" in page
-    assert "In brackets: 95% intervals over the rows.</p>" in page and "maj@k" not in page
+    assert "In brackets: 95% intervals over the rows of the input.</p>" in page and "maj@k" not in page
     assert "In brackets" not in render_page(replace(RUN, estimates=None))
     started = replace(RUN, facts=[("started", "2026-01-02 03:04:05 UTC")])
     assert "<p class=sub>model a model, complete, started 2026-01-02 03:04:05 UTC</p>" in render_page(started)
@@ -82,7 +84,7 @@ def test_a_resumed_run_is_shown_over_all_its_starts():
     assert "of computing, all starts" in page and f"<b>{seconds_text(float(seconds))}</b>" in page
     # Not of the tokens sampled: those of samples that were unfinished at a stop are drawn twice.
     assert f"<b>{kept / seconds:,.0f}</b><span>output tokens a second of computing, all starts" in page
-    assert "preemptions, last start" in page and "<b>40.0\u00a0s</b>" not in page
+    assert "preemptions: samples set aside while the KV cache was full, last start" in page and "<b>40.0\u00a0s</b>" not in page
     assert f"<b>{int(RUN.lengths.sum()):,}</b><span>output tokens</span>" in page
 
 
@@ -130,7 +132,7 @@ def test_a_phone_and_a_dark_screen_are_thought_of():
     assert "content='width=device-width'" in page and "@media(max-width:60rem){.tiles{grid-template-columns:repeat(3" in page
     # A key stands above its value on a phone.
     assert "@media(max-width:42rem){.keyed :is(tr,th,td){display:block" in page
-    assert "<table class=keyed><tr><th>device" in render_page(replace(RUN, facts=[("device", "CPU")]))
+    assert "<table class='keyed facts'><tr><th>device" in render_page(replace(RUN, facts=[("device", "CPU")]))
 
 
 def test_a_figure_is_drawn_for_wide_and_for_narrow_columns_with_text_of_one_size():
@@ -169,7 +171,7 @@ def test_samples_error_rows_and_what_the_run_was():
     assert "x […]" in page and "x" * 4001 not in page
     assert "<td>bad_json<td>7<td>line 8: &lt;why&gt;" in page and "and 4 more of this code" in page
     assert "<th>device<td>a &lt;GPU&gt;" in page
-    short, long = (render_page(replace(RUN, samples_shown=shown, prompts={3: "<q>" * n})) for n in (9, 900))
+    short, long = (render_page(replace(RUN, samples_shown=shown, prompts={3: RebuiltPrompt("<q>" * n)})) for n in (9, 900))
     assert short.count("<h3>Prompt, 27 characters</h3><pre>&lt;q&gt;") == 2 and short.count("<details>") == 4
     assert long.count("<details><summary>Prompt, 2,700 characters</summary><pre>") == 2
     plain = render_page(RUN)
@@ -216,7 +218,7 @@ def test_what_only_the_last_start_says_is_named_so():
     page = render_page(RUN)
     assert "last start" not in page
     page = render_page(replace(RUN, summary={"this_start": {**SUMMARY, "earlier": 5}}))
-    assert "<small>how much shared prefixes saved, last start</small>" in page
+    assert "the common part is computed once, last start</small>" in page
     assert "<small>time of all steps, last start; predicted by" in page
 
 

@@ -6,9 +6,8 @@ For error rows, only the row groups that hold some are read, found by the statis
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +72,7 @@ class Excerpt:
     judged: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What its judge says besides the verdict, such as the answer that it has `extracted`, and its `verify_score` if that is
     neither 0 nor 1; empty without a verdict."""
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +242,8 @@ def _excerpts(shards: Iterable[ListedFile], count: int, whole: bool, id_column: 
             present = [*_KEYS, *(name for name in verdict_names(schema) if name == CORRECT.name)]
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=present)
-                for kind, chosen in _candidates(table, whole).items():
-                    places = [_Place(rank, shard, group, offset) for rank, offset in nsmallest(most, chosen)]
+                for kind, chosen in _candidates(table, whole, most).items():
+                    places = [_Place(rank, shard, group, offset) for rank, offset in chosen]
                     best[kind] = _of_each_row([*best.get(kind, ()), *places], _OF_A_ROW)[:most]
         if any(best.values()) and not whole:
             break
@@ -268,8 +268,9 @@ def _of_each_row(places: Iterable[_Place], most: int) -> list[_Place]:
     return kept
 
 
-def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int, int, int], int]]]:
-    """Return, for each kind, the first samples of each row: their ranks and their offsets in the table."""
+def _candidates(table: pa.Table, whole: bool, most: int) -> dict[Kind, list[tuple[tuple[int, int, int], int]]]:
+    """Return, for each kind, the first samples of each row, `most` of them by rank: their ranks and their offsets in the
+    table."""
     ok: Bool = np.asarray(table["status"].to_pylist(), dtype=object) == "ok"
     rows, samples = table["row_index"].to_numpy(), table["sample_index"].to_numpy()
     masks: dict[Kind, Bool] = {"first": ok}
@@ -285,26 +286,58 @@ def _candidates(table: pa.Table, whole: bool) -> dict[Kind, list[tuple[tuple[int
         offsets = offsets[np.lexsort((samples[offsets], first[offsets], rows[offsets]))]
         _, starts, which = np.unique(rows[offsets], return_index=True, return_inverse=True)
         offsets = offsets[np.arange(len(offsets)) - starts[which] < _OF_A_ROW]
+        offsets = offsets[np.lexsort((samples[offsets], rows[offsets], first[offsets]))][:most]
         keys = zip(first[offsets].tolist(), rows[offsets].tolist(), samples[offsets].tolist(), strict=True)
         result[kind] = list(zip(keys, offsets.tolist(), strict=True))
     return result
 
 
+def read_samples(shards: Sequence[ListedFile], places: Sequence[int], id_column: str | None = None) -> list[Excerpt]:
+    """Return the samples at these places, counted over the rows of all shards, in order, without their texts. Raises as
+    `open_shard` does."""
+    groups: list[tuple[ListedFile, int]] = []
+    sizes: list[int] = []
+    for shard in shards if places else ():
+        with open_shard(shard) as file:
+            numbers = range(file.num_row_groups)
+            groups += [(shard, group) for group in numbers]
+            sizes += [file.metadata.row_group(group).num_rows for group in numbers]
+    ends = np.cumsum(sizes)
+    of_group = np.searchsorted(ends, places, side="right").tolist()
+    found: dict[int, Excerpt] = {}
+    for group in sorted(set(of_group)):
+        chosen = [place for place, its in zip(places, of_group, strict=True) if its == group]
+        offsets = [place - int(ends[group]) + sizes[group] for place in chosen]
+        shard, its_group = groups[group]
+        read = _read_all(shard, its_group, offsets, id_column, {*_LONG_COLUMNS, "text"})
+        found |= zip(chosen, read, strict=True)
+    return [found[place] for place in places]
+
+
 def _read(shard: ListedFile, group: int, offset: int, id_column: str | None) -> Excerpt:
+    return _read_all(shard, group, [offset], id_column)[0]
+
+
+def _read_all(
+    shard: ListedFile, group: int, offsets: Sequence[int], id_column: str | None, without: Collection[str] = _LONG_COLUMNS
+) -> list[Excerpt]:
     with open_shard(shard) as file:
         schema = file.schema_arrow
-        names = [name for name in schema.names if name not in _LONG_COLUMNS]
-        table = file.read_row_group(group, columns=names).slice(offset, 1)
-    own = own_names(schema)
-    (values,) = python_rows(table)
-    sources = row_names(schema, id_column)
-    parse_json_texts([values], schema, input_names(schema))
+        names = [name for name in schema.names if name not in without]
+        table = file.read_row_group(group, columns=names).take(pa.array(offsets))
+    rows = list(python_rows(table))
+    parse_json_texts(rows, schema, input_names(schema))
+    return [_excerpt(values, schema, id_column) for values in rows]
+
+
+def _excerpt(values: Mapping[str, Any], schema: pa.Schema, id_column: str | None) -> Excerpt:
+    own, sources = own_names(schema), row_names(schema, id_column)
     verdicts = {each.name for each in VERDICT_FIELDS if each.name != _SCORE}
     judges = [name for name in verdict_names(schema) if name not in verdicts] if values.get("correct") is not None else []
     return Excerpt(
         values["row_index"],
         values["sample_index"],
-        values["text"] or "",
+        values.get("text") or "",
         values["finish_reason"] or "",
         values["num_output_tokens"] or 0,
         values["correct"] if CORRECT.name in own else None,
@@ -312,4 +345,5 @@ def _read(shard: ListedFile, group: int, offset: int, id_column: str | None) -> 
         values["verify_error"] or "it is not judged yet" if CORRECT.name in own and values["correct"] is None else "",
         values["cumulative_logprob"],
         {name: values[name] for name in judges if name != _SCORE or values[name] not in (None, 0.0, 1.0)},
+        values["id"],
     )

@@ -26,8 +26,9 @@ def read_verdicts(
 ) -> Mapping[str, npt.NDArray[Any]] | None:
     """Return arrays of one length, an entry for each sample in the shards: `row`, `number`, `correct`, `score` (0 without a
     verdict), `answer` (a number for each distinct answer, -1 for none), `logprob` (NaN if it was not recorded, else minus
-    infinity for error rows), `cancelled`, `unjudged` (still to be judged by the judge of `manifest`), and with `characters` the
-    length of its text, stripped of white space. None if the samples are not judged. Raises as `read_groups` does."""
+    infinity for error rows), `ok`, `cancelled`, `unjudged` (still to be judged by the judge of `manifest`), and with
+    `characters` the length of its text, stripped of white space. None if the samples are not judged. Raises as `read_groups`
+    does."""
     names_of_parts = ("row", "number", "correct", "score", "logprob", "status", "unjudged", "answer")
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names_of_parts}
     numbers: dict[bytes, int] = {}
@@ -62,7 +63,7 @@ def read_verdicts(
     if ok.any() and not np.isnan(logprob[ok]).any():
         found["logprob"] = np.where(ok, logprob, -np.inf)
     more = {"characters": np.concatenate(lengths)} if characters else {}
-    return {**found, "cancelled": cancelled, **more}
+    return {**found, "ok": ok, "cancelled": cancelled, **more}
 
 
 def _numbered(answers: pa.Array[Any], numbers: dict[bytes, int]) -> npt.NDArray[np.int64]:

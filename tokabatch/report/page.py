@@ -2,105 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from tokabatch.arrays import Float64
 from tokabatch.errors import EXIT_ERRORS
 from tokabatch.number_text import counted, decimal_text, figure_text, seconds_text
-from tokabatch.output.excerpts import ErrorRows, Excerpt, Kind
 from tokabatch.output.steps import elapsed
 from tokabatch.report import plots
-from tokabatch.report.closing import errors_section, judged_text, judged_values
+from tokabatch.report.closing import errors_section
+from tokabatch.report.page_rows import hardest_rows, row_figures
+from tokabatch.report.page_samples import folded_value, samples_shown
 from tokabatch.report.page_style import CSS
+from tokabatch.report.run_record import RunRecord
 from tokabatch.report.step_figures import step_figures
-from tokabatch.scoring.estimates import Estimate, distinct
+from tokabatch.scoring.estimates import distinct
 
-_CHARACTERS, _FOLDED, _BEGINNING = 4000, 700, 200
-"""The most characters that are shown of a text, of a prompt without folding it, and of a sample that is folded."""
 PAGE_START = "<!doctype html><html lang=en><meta charset=utf-8>"
 """How each page begins, of earlier versions, too."""
 _SHORT = ("Prompt tokens", "Predicted and actual")
 """Figures that half of the height is enough for."""
-_SAID, _JUDGED = 100, ("extracted", "expected", "verify_score")
-"""If a judge says more of a sample, its line says only these; the rest is shown where it is unfolded."""
 _MEANINGS = {
     "pass@": "the chance that at least one of k samples of a row is right",
     "maj@": "the chance that the most frequent answer of k samples is right",
     "best-of-": "the score of the likeliest of k samples",
 }
 _COLORS = (plots.INK, "#9ec5fe", plots.SECOND)
-
-
-@dataclass(frozen=True, slots=True)
-class PerToken:
-    """The mean log-probability per token of the scored texts: of each text, shape [texts], and over all tokens."""
-
-    of_texts: Float64
-    mean: float
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """What a page shows.
-
-    `summary` is the run's summary.json, written by its last start. `steps` are columns over the steps of all starts, empty if
-    none were recorded. `lengths` are the numbers of output tokens of the samples that are ok. `facts` describe the run as
-    (label, value).
-    """
-
-    path: str
-    model: str
-    state: str
-    samples: int
-    ok: int
-    errors: int
-    cancelled: int
-    lengths: npt.NDArray[np.int32]
-    summary: Mapping[str, Any]
-    steps: Mapping[str, Float64]
-    estimates: tuple[Estimate, ...] | None
-    """pass@k and the like; empty while samples are missing, None if nothing is verified."""
-    facts: Sequence[tuple[str, str]] = ()
-    error_rows: ErrorRows | None = None
-    samples_shown: Mapping[Kind, Sequence[Excerpt]] = field(default_factory=dict[Kind, Sequence[Excerpt]])
-    prompts: Mapping[int, str] = field(default_factory=dict[int, str])
-    """The prompts of the samples shown, by row number, if they could be rebuilt."""
-    without_verdict: int = 0
-    """Samples that the judge could not judge."""
-    right: int | None = None
-    """Samples that are right; None if nothing is verified."""
-    unjudged: int = 0
-    """Samples that are still to be judged."""
-    cut_off: int = 0
-    """Samples that ended at max_tokens or at the end of the context."""
-    verify: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """The job's section."""
-    per_token: PerToken | None = None
-    """None unless the job scores given texts."""
-    shared: bool = False
-    """Whether several processes wrote it side by side, each with steps of its own."""
-
-    @property
-    def pending(self) -> int:
-        """Samples that a later start has to compute."""
-        return self.samples - self.ok - self.errors - self.cancelled
-
-    @property
-    def whole(self) -> bool:
-        """Whether the steps are those of all samples: a start that was killed leaves none, which the counts do not show where
-        samples were computed again (--retry-errors, --repair)."""
-        tokens = float(self.lengths.sum(dtype=np.int64)) if self.per_token is None else 0.0
-        finished, sampled = (float(np.sum(self.steps.get(name, 0.0))) for name in ("finished", "sampled"))
-        return bool(self.summary.get("steps_of_all_starts", True)) and finished >= self.ok and sampled >= tokens
 
 
 def render_page(run: RunRecord) -> str:
@@ -119,7 +49,7 @@ def render_page(run: RunRecord) -> str:
         f"<p class=sub>model {escape(run.model)}, {escape(_state(run))}{escape(_started(run))}</p>"
         f"<div class=tiles style='--columns:{_columns(len(tiles))}'>{''.join(tiles)}</div>{_meanings(run)}{_errors(run)}"
         f"<div class=plots style='--least:{least}'>{''.join(cells)}</div>"
-        f"{_samples(run)}{_facts(run)}</html>\n"
+        f"{hardest_rows(run)}{samples_shown(run)}{_facts(run)}</html>\n"
     )
 
 
@@ -166,7 +96,7 @@ def _meanings(run: RunRecord) -> str:
     """Say below the tiles what the estimates among them mean."""
     shown = distinct(run.estimates or ())
     said = [f"{kind}k: {text}." for kind, text in _MEANINGS.items() if any(each.name.startswith(kind) for each in shown)]
-    said += ["In brackets: 95% intervals over the rows."] if any(each.interval(".1%") for each in shown) else []
+    said += ["In brackets: 95% intervals over the rows of the input."] if any(each.interval(".1%") for each in shown) else []
     return f"<p class=sub>{' '.join(said)}</p>" if said else ""
 
 
@@ -179,104 +109,9 @@ def _errors(run: RunRecord) -> str:
     return f"<h2>Error rows</h2><table class=errors><tr>{head}{rows}</table>"
 
 
-_TITLES: dict[Kind, str] = {
-    "right": "Right samples",
-    "wrong": "Wrong samples",
-    "first": "Samples",
-    "longest": "Longest of the other samples, one of each row",
-}
-_TITLES_OF_SCORED: dict[Kind, str] = {
-    "wrong": "Wrong choices: continuations that are likeliest in their row, but not right",
-    "right": "Right choices",
-    "lowest": "Lowest log-probability per token of the other texts, one of each row",
-    "highest": "Highest log-probability per token of the other texts, one of each row",
-}
-
-
-def _samples(run: RunRecord) -> str:
-    titles = dict(_TITLES if run.per_token is None else _TITLES_OF_SCORED)
-    if run.per_token is None and _shows_unjudged(run):
-        titles["wrong"] = "Wrong samples, and those without a verdict"
-    if run.per_token is not None and not {"right", "wrong"} & run.samples_shown.keys():
-        titles["lowest"] = "Lowest log-probability per token, one text of each row"
-    # Of samples that were cut off at one length, or are all alike, any would do.
-    ends = {(each.finish_reason, each.num_output_tokens) for each in run.samples_shown.get("longest", ())}
-    cut_off = len(ends) == 1 and next(iter(ends))[0] == "length"
-    if cut_off or (len(run.lengths) and run.lengths.min() == run.lengths.max()):
-        titles.pop("longest", None)
-    parts = [
-        f"<h2>{title}{_of_all(run, kind)}</h2>{''.join(_sample(each, run) for each in run.samples_shown[kind])}"
-        for kind, title in titles.items()
-        if run.samples_shown.get(kind)
-    ]
-    return "".join(parts)
-
-
-def _of_all(run: RunRecord, kind: Kind) -> str:
-    """Return how many samples of a kind are shown, and of how many, where that is known."""
-    right, without = run.right or 0, 0 if _shows_unjudged(run) else run.without_verdict
-    number = {"first": run.ok, "right": right, "wrong": run.ok - right - without}.get(kind)
-    if number is None or run.per_token is not None or (kind != "first" and (run.right is None or run.unjudged)):
-        return ""
-    return f" <small>{len(run.samples_shown[kind]):,} of {number:,}</small>"
-
-
-def _shows_unjudged(run: RunRecord) -> bool:
-    return any(each.unjudged for each in run.samples_shown.get("wrong", ()))
-
-
-def _sample(sample: Excerpt, run: RunRecord) -> str:
-    """Return a folded sample: its prompt (folded again if it is long), its text, and the columns of its row."""
-    prompt, judged = run.prompts.get(sample.row_index), judged_values(sample, run.verify)
-    scored = sample.finish_reason == "scored"
-    mark = "<b class=good>right</b> " if sample.correct else "" if sample.correct is None else "<b class=bad>wrong</b> "
-    if sample.unjudged:
-        mark = f"<b class=bad>no verdict</b> <small>({escape(sample.unjudged)})</small> "
-    ended = counted(sample.num_output_tokens, "token")
-    if sample.logprob is not None and scored:
-        per_token = sample.logprob / max(1, sample.num_output_tokens)
-        ended += f", log-probability {sample.logprob:,.2f}, {per_token:,.2f} per token"
-    ended += ", cut off" if sample.finish_reason == "length" else ""
-    said = judged_text(judged)
-    if len(said) > _SAID:
-        said = judged_text({name: judged[name] for name in _JUDGED if name in judged})
-    ended += f"; {said}" if said else ""
-    shown = ""
-    if prompt is not None:
-        text = f"<pre>{escape(_cut(prompt))}</pre>"
-        label = f"Prompt, {counted(len(prompt), 'character')}"
-        shown = f"<h3>{label}</h3>{text}" if len(prompt) <= _FOLDED else f"<details><summary>{label}</summary>{text}</details>"
-    beginning = " ".join(sample.text[:_BEGINNING].split())
-    name = f"row {sample.row_index:,}, {'text' if scored else 'sample'} {sample.sample_index:,}"
-    return (
-        f"<details><summary>{mark}{name} <small>{escape(ended)}</small><div>{escape(beginning)}</div></summary>{shown}"
-        f"<h3>{'Scored text' if scored else 'Sample'}</h3><pre>{escape(_cut(sample.text))}</pre>"
-        f"{_table('Judged', judged)}{_table('Row', sample.columns)}</details>"
-    )
-
-
-def _table(title: str, values: Mapping[str, Any]) -> str:
-    """Return values by name under a title, long ones folded; nothing if there are none."""
-    rows = "".join(f"<tr><th>{escape(name)}<td>{_value(value)}" for name, value in values.items())
-    return f"<h3>{title}</h3><table class=keyed>{rows}</table>" if rows else ""
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "<small>null</small>"
-    text = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
-    if len(text) <= _FOLDED:
-        return escape(text)
-    return f"<details><summary>{counted(len(text), 'character')}</summary>{escape(_cut(text))}</details>"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} […]"
-
-
 def _facts(run: RunRecord) -> str:
-    rows = "".join(f"<tr><th>{escape(name)}<td>{escape(value)}" for name, value in run.facts)
-    return f"<h2>The run</h2><table class=keyed>{rows}</table>" if rows else ""
+    rows = "".join(f"<tr><th>{escape(name)}<td>{folded_value(value)}" for name, value in run.facts)
+    return f"<h2>The run</h2><table class='keyed facts'>{rows}</table>" if rows else ""
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
@@ -329,7 +164,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         share = f"{s['tail_seconds'] / s['step_seconds']:.0%}"
         rows.append(("of the time with fewer than half of the samples running" + last, share, False))
     if s.get("preemptions"):
-        rows.append(("preemptions" + last, f"{s['preemptions']:,}", False))
+        rows.append(("preemptions: samples set aside while the KV cache was full" + last, f"{s['preemptions']:,}", False))
     return rows
 
 
@@ -344,6 +179,7 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
     if any(len(band.x) > 1 for band in bands):
         title, note = " and ".join(band.label for band in bands), "means over the rows, with 95% intervals"
         figures.append((title, note, plots.with_bands(bands, "k")))
+    figures += row_figures(run)
     if run.per_token is not None and len(of_texts := run.per_token.of_texts):
         note = f"lowest {of_texts.min():,.2f}, median {np.median(of_texts):,.2f}, highest {of_texts.max():,.2f}"
         figures.append(("Log-probability per token", note, plots.histogram(of_texts, "of a text, natural logarithm", "texts")))
@@ -361,11 +197,14 @@ def _figures(run: RunRecord) -> list[tuple[str, str, str]]:
         if not run.pending and not run.cancelled and not run.shared:
             counts["least possible"] = s["prompt_tokens"] - s["cacheable_tokens"]
         bars = {label: (number, f"{number:,}") for label, number in counts.items()}
-        figures.append(("Prompt tokens", "how much shared prefixes saved" + last, _bars(bars)))
+        saved = "where prompts begin alike, the common part is computed once"
+        figures.append(("Prompt tokens", saved + last, _bars(bars)))
     if s.get("predicted_seconds") is not None:
         times = {"predicted": s["predicted_seconds"], "actual": s["step_seconds"]}
-        roofline = " (the least possible)" if "roofline" in s["predicted_by"] and times["predicted"] < times["actual"] else ""
-        note = f"time of all steps{last}; predicted by {s['predicted_by']}{roofline}"
+        note = f"time of all steps{last}; predicted by {s['predicted_by']}"
+        if "roofline" in s["predicted_by"]:
+            note += ", the time that the device's arithmetic and memory bandwidth alone would take"
+            note += " (the least possible)" if times["predicted"] < times["actual"] else ""
         figures.append(
             ("Predicted and actual", note, _bars({each: (time, seconds_text(time)) for each, time in times.items()}))
         )

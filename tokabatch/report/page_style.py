@@ -32,13 +32,22 @@ table.errors{margin-bottom:1.4rem}.errors td:first-child{white-space:nowrap}
 @media(max-width:42rem){.errors th{display:none}.errors tr{display:block;border-bottom:1px solid var(--line);padding:.35rem 0}
 .errors td{display:inline;border:0}.errors td:nth-child(2):not(:empty)::before{content:"row "}
 .errors td:last-child{display:block}}
+.rows td:not(:last-child){white-space:nowrap}.rows td:nth-child(n+3):not(:last-child){white-space:normal;min-width:7rem}
+.rows td:last-child{width:50%}.rows{margin-bottom:.6rem}
+@media(max-width:42rem){.rows tr:first-child{display:none}.rows tr{display:block;
+border-bottom:1px solid var(--line);padding:.35rem 0}
+.rows td,.rows td:last-child{display:block;width:auto;border:0;padding:0 0 .1rem;white-space:normal}
+.rows td:nth-child(-n+2){display:inline-block;margin-right:1.2rem}
+.rows td::before{content:attr(data-name) ": ";color:var(--soft)}}
+.facts td{white-space:pre-wrap}
 details{border:1px solid var(--line);border-radius:.5rem;padding:.4rem .8rem;margin-bottom:.5rem}
 details th{width:8rem}details td{white-space:pre-line}
 @media(max-width:42rem){.keyed :is(tr,th,td){display:block;width:auto}.keyed th{border:0;padding-bottom:0}
 .keyed td{padding-top:0}}
 summary{cursor:pointer;overflow-wrap:anywhere}summary small,h2 small{color:var(--soft)}
 h2 small{font-size:.82rem;font-weight:400}
-summary div{color:var(--soft);font-size:.82rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+summary div.prompt{color:var(--soft)}
+summary div{font-size:.82rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 details[open]>summary div{display:none}
 details details{padding:.2rem .6rem;margin:.5rem 0}
 h3{font-size:.82rem;font-weight:400;color:var(--soft);margin:.6rem 0 0}

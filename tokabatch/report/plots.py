@@ -21,7 +21,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tokabatch.arrays import Float64
+from tokabatch.arrays import Float64, Int64
 from tokabatch.number_text import decimal_text
 
 INK, SECOND = "#1f6feb", "#d1741f"
@@ -29,6 +29,8 @@ _WIDTHS, _HEIGHT = {"wide": 5.6, "narrow": 3.7}, 2.6
 """In inches of 72 units."""
 _NARROW_AXIS, _DIGIT = 190.0, 5.6
 """Units from the first tick to the last in a narrow drawing, and of a digit's width."""
+_BARS = 20
+"""The most bars of a histogram of shares."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -97,6 +99,30 @@ def histogram(values: npt.NDArray[np.int32] | Float64, unit: str, counted: str) 
     return _close(figure)
 
 
+def histogram_of_shares(parts: Int64, wholes: Int64, unit: str, counted: str) -> str:
+    """Draw how many pairs of a part and its whole there are of each share: a bar for each part where all wholes are the same
+    small number, else for each twentieth, of which the last includes the whole."""
+    figure, axes = _open()
+    whole = int(wholes.max())
+    if wholes.min() == whole <= _BARS:
+        heights = np.bincount(parts, minlength=whole + 1)
+        centers, width = np.arange(whole + 1) / whole, 1 / whole
+        axes.set_xlim(-0.6 * width, 1 + 0.6 * width)
+    else:
+        heights = np.bincount(np.minimum(parts * _BARS // wholes, _BARS - 1), minlength=_BARS)
+        centers, width = (np.arange(_BARS) + 0.5) / _BARS, 1 / _BARS
+        axes.set_xlim(-0.02, 1.02)
+    axes.bar(centers, heights, width=0.92 * width, color=INK, alpha=0.8)
+    mean = float((parts / wholes).mean())
+    axes.axvline(mean, color=SECOND, linewidth=1.2, label=f"mean {mean:.1%}")
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+    axes.set_xlabel(unit)
+    axes.set_ylabel(counted)
+    _count(axes.yaxis)
+    _legend(axes)
+    return _close(figure)
+
+
 @dataclass(frozen=True, slots=True)
 class Band:
     """A curve over whole numbers with its confidence band."""
@@ -112,7 +138,11 @@ def with_bands(bands: Sequence[Band], unit: str) -> str:
     """Draw at most two curves with their confidence bands over a logarithmic axis."""
     figure, axes = _open()
     for band, color in zip(bands, (INK, SECOND), strict=False):
-        axes.fill_between(band.x, band.low, band.high, color=color, alpha=0.2, linewidth=0)
+        if len(band.x) > 1:
+            axes.fill_between(band.x, band.low, band.high, color=color, alpha=0.2, linewidth=0)
+        else:
+            # A band of one point has no area.
+            axes.vlines(band.x, band.low, band.high, color=color, alpha=0.5, linewidth=3)
         axes.plot(band.x, band.value, color=color, marker="o", markersize=3, linewidth=1.4, label=band.label, clip_on=False)
     axes.set_xscale("log", base=2)
     ticks = sorted({k for band in bands for k in band.x})

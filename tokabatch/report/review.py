@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow.compute as pc
 
 from tokabatch.errors import OutputError, TokabatchError
-from tokabatch.input.prompts.rebuild import job_as_run, rebuild_prompts
+from tokabatch.input.prompts.rebuild import Rebuilt, job_as_run, rebuild_prompts
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.job import GenerationConfig
 from tokabatch.job.scalars import write_value
 from tokabatch.number_text import counted
-from tokabatch.output.excerpts import Excerpt, Kind, error_rows, excerpts, finish_reasons
+from tokabatch.output.excerpts import Excerpt, error_rows, excerpts, finish_reasons
 from tokabatch.output.folder import OutputFolder
 from tokabatch.output.inspection import recorded_shards
 from tokabatch.output.manifest import Manifest, read_manifest, read_summary
@@ -24,14 +24,18 @@ from tokabatch.output.shards import read_groups
 from tokabatch.output.status import read_details
 from tokabatch.output.steps import read_steps
 from tokabatch.report.closing import PER_CODE
-from tokabatch.report.page import PAGE_START, PerToken, RunRecord, render_page
-from tokabatch.report.run_estimates import read_estimates, read_estimator
+from tokabatch.report.page import PAGE_START, render_page
+from tokabatch.report.run_estimates import Findings, read_estimator, read_findings
+from tokabatch.report.run_record import HardRow, PerToken, RunRecord
 from tokabatch.scoring.estimates import Estimate, right_from
+from tokabatch.scoring.expected import expected_answers
 from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import consistently, read_bytes
 
 _SAMPLES = 5
 """Of each kind: right, wrong, longest."""
+_HARDEST = 30
+"""Rows, of which most are folded."""
 _DTYPES = {8: "(64-bit numbers)", 4: "(32-bit numbers)", 2: "(16-bit numbers)"}
 
 
@@ -64,9 +68,11 @@ def read_record(out: Path) -> RunRecord:
     steps = {
         name: np.asarray(values, np.float64) for name, values in (consistently(lambda: read_steps(folder), out) or {}).items()
     }
-    summary, estimates = read_summary(folder), read_estimates(folder)
+    summary, findings = read_summary(folder), read_findings(folder, _HARDEST)
+    estimates, verify = findings.estimates, (manifest and manifest.job.get("verify")) or {}
     shown = excerpts(out, _SAMPLES, whole=True) if status.ok else {}
-    prompts, obstacle = _prompts(folder, manifest, shown) if manifest and shown else ({}, "")
+    rows = [*(each for kind in shown.values() for each in kind), *(sample for _, sample, _ in findings.hardest)]
+    rebuilt, obstacle = _prompts(folder, manifest, rows) if manifest and shown else (Rebuilt(), "")
     return RunRecord(
         shared=bool(manifest and manifest.units),
         path=str(out),
@@ -80,15 +86,19 @@ def read_record(out: Path) -> RunRecord:
         summary=summary,
         steps=steps,
         estimates=estimates,
-        facts=_facts(out, manifest, summary.get("this_start", summary), estimates or (), obstacle) if manifest else (),
+        facts=_facts(out, manifest, summary.get("this_start", summary), estimates or (), rebuilt.chat_template, obstacle)
+        if manifest
+        else (),
         error_rows=error_rows(out, PER_CODE) if status.errors else None,
         samples_shown=shown,
-        prompts=prompts,
+        prompts=rebuilt.prompts,
         right=status.correct,
         without_verdict=status.without_verdict or 0,
         unjudged=(status.unjudged or 0) + (status.of_another_judge or 0),
         cut_off=finish_reasons(folder)["length"] if status.ok else 0,
-        verify=(manifest and manifest.job.get("verify")) or {},
+        verify=verify,
+        row_counts=findings.row_counts,
+        hardest=_hard_rows(findings, verify),
         per_token=_per_token(folder, manifest) if manifest and manifest.job.get("mode") == "score" else None,
     )
 
@@ -105,21 +115,53 @@ def _per_token(folder: OutputFolder, manifest: Manifest) -> PerToken:
     return PerToken(sums / np.maximum(tokens, 1), float(sums.sum() / max(tokens.sum(), 1)))
 
 
-def _prompts(folder: OutputFolder, manifest: Manifest, shown: Mapping[Kind, Sequence[Excerpt]]) -> tuple[dict[int, str], str]:
+def _hard_rows(findings: Findings, verify: Mapping[str, Any]) -> tuple[HardRow, ...]:
+    counts = findings.row_counts
+    if counts is None:
+        return ()
+    return tuple(
+        HardRow(
+            sample.row_index,
+            None if sample.id == str(sample.row_index) else sample.id,
+            int(counts.right[place]),
+            int(counts.samples[place]),
+            str(sample.judged["extracted"]) if answered and "extracted" in sample.judged else None,
+            answered,
+            " or ".join(expected_answers(verify, sample.columns)),
+        )
+        for place, sample, answered in findings.hardest
+    )
+
+
+def _prompts(folder: OutputFolder, manifest: Manifest, shown: Sequence[Excerpt]) -> tuple[Rebuilt, str]:
     """The prompts of the rows that are shown, made again of the columns in the output; or why there are none."""
-    rows = {each.row_index: each.columns for kind in shown.values() for each in kind}
+    rows = {each.row_index: each.columns for each in shown}
     digests = RowDigests.read(folder.row_digests)
     if digests is None:
-        return {}, "not shown: the folder holds no digests to compare them with"
+        return Rebuilt(), "not shown: the folder holds no digests to compare them with"
     try:
         job = job_as_run(manifest.job, manifest.working_folder, manifest.model_path)
         return rebuild_prompts(job, rows, digests, datetime.fromisoformat(manifest.started).replace(tzinfo=None)), ""
     except TokabatchError as error:
-        return {}, f"not shown: {error}"
+        return Rebuilt(), f"not shown: {error}"
+
+
+def _prompt_facts(prompt: Mapping[str, Any], chat_template: str) -> list[tuple[str, str]]:
+    """How prompts were made: the job's section, and the chat template that applied."""
+    few_shot, kwargs = prompt.get("few_shot") or {}, prompt.get("chat_template_kwargs") or {}
+    examples = f"{counted(few_shot.get('k') or 0, 'example')} of {few_shot.get('path')}, each as\n{few_shot.get('template')}"
+    return [
+        ("prompt template", prompt.get("template") or ""),
+        ("prompt from column", prompt.get("messages") or prompt.get("token_ids") or ""),
+        ("examples in front", examples if few_shot else ""),
+        ("system prompt", prompt.get("system") or ""),
+        ("chat template", chat_template or prompt.get("chat_template") or ""),
+        ("its variables", ", ".join(f"{name} {write_value(value)}" for name, value in kwargs.items())),
+    ]
 
 
 def _facts(
-    out: Path, manifest: Manifest, summary: Mapping[str, Any], estimates: Sequence[Estimate], obstacle: str
+    out: Path, manifest: Manifest, summary: Mapping[str, Any], estimates: Sequence[Estimate], chat_template: str, obstacle: str
 ) -> list[tuple[str, str]]:
     """What the run was: when and where it started, on what, with which settings."""
     job, versions = manifest.job, manifest.versions
@@ -133,6 +175,7 @@ def _facts(
         ("started", manifest.started.replace("T", " ").replace("+00:00", " UTC")),
         ("model", manifest.model_path),
         ("input", f"{job.get('input', {}).get('path', '')} ({counted(manifest.rows, 'row')})"),
+        *_prompt_facts(job.get("prompt") or {}, chat_template),
         ("settings", settings),
         ("verified by", str(verified.get("kind", ""))),
         ("right", right_from(estimates)),

@@ -33,14 +33,16 @@ def step_figures(
         drawn = plots.over_time(edges, [output, prefill], "tokens a second")
     running = [plots.Curve("running", means["running"], filled=True), plots.Curve("waiting", means["waiting"], plots.SECOND)]
     kv = [plots.Curve("in use", means["pages"] / np.maximum(means["capacity"], 1), filled=True)]
-    note = f"{counted(len(steps['seconds']), 'step')} in {seconds_text(total)}"
+    number = len(steps["seconds"])
+    note = f"{counted(number, 'step (pass through the model)', 'steps (passes through the model)')} in {seconds_text(total)}"
     note += ", of several processes one after another" if shared else ""
     note += "" if whole else ", without those of a start that was killed"
     return [
         ("Throughput", note, drawn),
         (
             "KV cache in use",
-            f"attention's keys and values of earlier tokens; {counted(int(means['capacity'].max()), 'page')}",
+            "memory for attention's keys and values of the tokens so far, divided into "
+            f"{counted(int(means['capacity'].max()), 'page')}",
             plots.over_time(edges, kv, "share of pages", 1.0),
         ),
         (

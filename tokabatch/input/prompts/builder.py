@@ -131,6 +131,15 @@ class PromptBuilder:
         )
         return (*self._source.describe(present), *described, *notes)
 
+    @property
+    def chat_template(self) -> str:
+        """The chat template that applies to rows without tools, empty if none does."""
+        return self._source.chat_template
+
+    def own_part(self, row: Mapping[str, Any]) -> str:
+        """Return the row's own part of its prompt (`PromptSource.own_part`)."""
+        return self._source.own_part(row)
+
     def build(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
         """Return a prompt or an error for each row, in order. All texts of the batch are tokenised in one call."""
         drafts = [row.error or self._draft(row.prompt_columns) for row in rows]

@@ -97,6 +97,12 @@ class PromptSource:
         of_job = self.own.own_names | self.own.named.keys() | frozenset(self.own.defaults)
         self.columns = of_job | self._chat_columns | self._kwargs_column
 
+    @property
+    def chat_template(self) -> str:
+        """The chat template that applies to rows without tools, empty if none does."""
+        applied = self._chat_template if self.chat or self._config.messages else None
+        return applied.source if applied else ""
+
     def describe(self, present: Collection[str]) -> tuple[str, ...]:
         """Return notes on columns that no chat template reads and on ambiguous names; `present` are the input's columns."""
         by_name = {name for template in self.own.templates.values() for name in template.by_name} & set(present)
@@ -123,6 +129,21 @@ class PromptSource:
             return self._from_defaults(row, blank)
         except NotText as error:
             return RowError("bad_type", str(error))
+
+    def own_part(self, row: Mapping[str, Any]) -> str:
+        """Return what the row itself asks, without examples and the chat template: its text, or the last message of the user;
+        empty for token ids and where there is none."""
+        if self._config.template is not None:
+            text = self._compile(self._config.template, "prompt.template").render(row)
+            return "" if isinstance(text, RowError) else text
+        column = self._config.messages or next((name for name in self.own.defaults if row.get(name) is not None), None)
+        if column is None or self._config.token_ids is not None or column == TOKEN_IDS:
+            return ""
+        if isinstance(row[column], str) and self._config.messages is None and column != MESSAGES:
+            return row[column]
+        messages = normalise_messages(self._given(row[column]), column)
+        of_user = [] if isinstance(messages, RowError) else [each for each in messages if each["role"] == "user"]
+        return str(of_user[-1].get("content", "")) if of_user else ""
 
     def values(self, row: Mapping[str, Any]) -> Iterator[Any]:
         """Iterate over the values that a row's prompt is made of, with JSON text of messages, their tool calls, tools and
