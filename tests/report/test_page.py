@@ -71,8 +71,10 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given():
 def test_a_page_says_what_it_is_and_what_its_figures_mean() -> None:
     page = render_page(replace(RUN, estimates=(*(RUN.estimates or ()), Estimate("best-of-4", 0.4, 0.3, 0.5))))
     assert "<title>tokabatch report: out/&lt;b&gt;</title>" in page and "<h1><small>tokabatch report</small>out/" in page
-    assert "pass@k: the chance that at least one of k samples of a row is right. best-of-k: the score of" in page
-    assert "In brackets: 95% intervals over the rows of the input.</p>" in page and "maj@k" not in page
+    assert (
+        "pass@k: the chance that at least one of k samples of a problem (one row of the input) is right. best-of-k: the" in page
+    )
+    assert "In brackets: 95% intervals over the rows.</p>" in page and "maj@k" not in page
     assert "In brackets" not in render_page(replace(RUN, estimates=None))
     started = replace(RUN, facts=[("started", "2026-01-02 03:04:05 UTC")])
     assert "<p class=sub>model a model, complete, started 2026-01-02 03:04:05 UTC</p>" in render_page(started)

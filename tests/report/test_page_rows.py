@@ -35,6 +35,8 @@ def test_rows_are_counted_by_their_right_samples_and_the_hardest_are_named() -> 
         assert f"<td data-name='{cell}" in page
     assert "<td data-name='prompt'>Two &lt;and&gt; two?" in page and page.count("answer'>none found") == 11
     assert page.index("0 of 4") < page.index("<summary>2 more rows</summary>") and page.count("<table class=rows>") == 2
+    failed = replace(OF_ROWS.row_counts, ok=np.array([4, 0, 4]))
+    assert "1 without a right sample (1 error row among them), 1 with" in render_page(replace(OF_ROWS, row_counts=failed))
     of_stopped = render_page(replace(OF_ROWS, cancelled=1))
     assert "right; rows that were stopped have fewer samples</small>" in of_stopped
 

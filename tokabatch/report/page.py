@@ -26,7 +26,7 @@ PAGE_START = "<!doctype html><html lang=en><meta charset=utf-8>"
 _SHORT = ("Prompt tokens", "Predicted and actual")
 """Figures that half of the height is enough for."""
 _MEANINGS = {
-    "pass@": "the chance that at least one of k samples of a row is right",
+    "pass@": "the chance that at least one of k samples of a problem (one row of the input) is right",
     "maj@": "the chance that the most frequent answer of k samples is right",
     "best-of-": "the score of the likeliest of k samples",
 }
@@ -96,7 +96,7 @@ def _meanings(run: RunRecord) -> str:
     """Say below the tiles what the estimates among them mean."""
     shown = distinct(run.estimates or ())
     said = [f"{kind}k: {text}." for kind, text in _MEANINGS.items() if any(each.name.startswith(kind) for each in shown)]
-    said += ["In brackets: 95% intervals over the rows of the input."] if any(each.interval(".1%") for each in shown) else []
+    said += ["In brackets: 95% intervals over the rows."] if any(each.interval(".1%") for each in shown) else []
     return f"<p class=sub>{' '.join(said)}</p>" if said else ""
 
 

@@ -19,7 +19,9 @@ def row_figures(run: RunRecord) -> list[tuple[str, str, str]]:
     if counts is None or len(counts.row) < 2 or counts.samples.max() < 2:
         return []
     never, always = int((counts.right == 0).sum()), int((counts.right == counts.samples).sum())
-    note = f"of {counted(len(counts.row), 'row')}, {never:,} without a right sample, {always:,} with all of them right"
+    failed = int((counts.ok == 0).sum())
+    errors = f" ({counted(failed, 'error row')} among them)" if failed else ""
+    note = f"of {counted(len(counts.row), 'row')}, {never:,} without a right sample{errors}, {always:,} with all of them right"
     note += "; rows that were stopped have fewer samples" if run.cancelled else ""
     drawn = plots.histogram_of_shares(counts.right, counts.samples, "right samples of a row", "rows")
     return [("Right samples by row", note, drawn)]
