@@ -207,6 +207,9 @@ def test_bodies_that_are_no_objects_are_refused(server):
     wrong = server.client.get("/v1/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert wrong.json()["error"]["code"] == "method_not_allowed"
+    wrong = server.client.post("/completions", json={})
+    assert wrong.status_code == 404 and wrong.json()["error"]["code"] == "not_found"
+    assert "/completions is not served; the paths are /health, /v1/completions, /v1/chat" in wrong.json()["error"]["message"]
     for body, told in ((b" ", "is empty"), (b"null", "not null"), (b'{"seed":' + b"9" * 5000 + b"}", "thousands of digits")):
         assert told in server.client.post("/v1/completions", content=body).json()["error"]["message"]
     assert server.client.get("/version").json()["version"]
@@ -265,6 +268,7 @@ def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
     url = str(server.client.base_url)
     pinged = [sys.executable, "-m", "tokabatch", "ping", "hello", "--url", url, "--api-key", "sécret", "--max-tokens", "5"]
     assert subprocess.run(pinged, capture_output=True, text=True, check=True).stdout.strip()
+    assert any(f'tokabatch ping --url {url} --api-key KEY "' in line for line in server.told)
     with ThreadPoolExecutor() as pool:
         running = pool.submit(server.texts, prompt="last", max_tokens=400, ignore_eos=True, n=1)
         while server.metric("samples_unfinished") < 1:

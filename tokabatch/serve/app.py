@@ -89,6 +89,7 @@ class Api:
         ]
         if files is not None and batches is not None:
             routes += FileRoutes(files, batches, self._object, config.max_file).routes
+        self._paths = ("/health", *dict.fromkeys(path.replace(":path", "") for path, _, _ in routes))
         guarded = [Route(path, self._guard(handler), methods=[method]) for path, handler, method in routes]
         # Browsers send preflight requests (CORS) without a key.
         cors = Middleware(CORSMiddleware, allow_origins=config.allow_origins, allow_methods=["*"], allow_headers=["*"])
@@ -213,7 +214,7 @@ class Api:
     async def _no_route(self, http: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what, code = (
-            ("is not served", "not_found")
+            (f"is not served; the paths are {', '.join(self._paths)}", "not_found")
             if error.status_code == 404
             else (f"does not take {http.method}", "method_not_allowed")
         )

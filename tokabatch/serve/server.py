@@ -140,7 +140,10 @@ async def _serve(
             gc.collect()
             gc.freeze()
             gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
-            tell(f"{config.name} is served at http://{host if ':' not in host else f'[{host}]'}:{port}/v1; Ctrl-C stops it")
+            url = f"http://{host if ':' not in host else f'[{host}]'}:{port}"
+            tell(f"{config.name} is served at {url}/v1; Ctrl-C stops it")
+            key = "" if server.api_key is None else " --api-key KEY"
+            tell(f'a prompt from another terminal: tokabatch ping --url {url}{key} "Question: what is 3 + 4?"')
             await asyncio.wait((*watching, serving), return_when=asyncio.FIRST_COMPLETED)
         api.draining = True
         closing = asyncio.gather(*([] if batches is None else [batches.close()]))
