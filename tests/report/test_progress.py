@@ -117,7 +117,7 @@ class TestLines:
         assert lines[1] == "note: model: 3,400,000 parameters"
         assert lines[-2:] == [
             "[ 11.0 s] generating rows 27/100  samples 110/400  errors 1  in 1,000 tok/s",
-            "                     out 500 tok/s  kv 43%  running 64  waiting 200  eta 29.0 s",
+            "          out 500 tok/s  KV cache 43%  running 64  waiting 200  eta 29.0 s",
         ]
 
     def test_no_speed_before_the_first_step(self) -> None:
@@ -178,7 +178,7 @@ class TestLive:
         drawn = stream.getvalue().rpartition("rows 30/100")[2].replace("\x1b[?25h", "").splitlines()
         assert [fact.strip() for line in drawn for fact in line.split("  ") if fact.strip()] == [
             "samples 123/400", "errors 1", "in 12,300 tok/s", "out 6,150 tok/s",
-            "kv 43%", "running 64", "waiting 200",
+            "KV cache 43%", "running 64", "waiting 200",
         ]  # fmt: skip
 
     def test_update_costs_nothing_between_frames(self) -> None:

@@ -30,6 +30,8 @@ Phase = Literal["starting", "reading", "simulating", "loading", "generating", "j
 
 _REFRESH_SECONDS = 0.2
 _LINE_SECONDS, _LINE_COLUMNS = 5.0, 80
+_INDENT = " " * len("[ 0.00 s] ")
+"""In front of a second line: the time alone, so that all figures fit in two."""
 _WINDOW_SECONDS = 10.0
 _TRUSTED_SECONDS = 5.0
 """Of sampling, before the time left is estimated: at first prompts take most of a step."""
@@ -280,8 +282,8 @@ class LineProgress(MessagesOnly):
         self._unshown = None
         self._rates.add(snapshot)
         begin = f"[{seconds_text(snapshot.elapsed):>7}] {snapshot.phase:<10} "
-        lines = _lines(_facts(snapshot, self._rates), _LINE_COLUMNS - len(begin))
-        self._write(begin + f"\n{' ' * len(begin)}".join(lines))
+        lines = _lines(_facts(snapshot, self._rates), _LINE_COLUMNS - len(_INDENT), len(begin) - len(_INDENT))
+        self._write(begin + f"\n{_INDENT}".join(lines))
 
 
 class LiveProgress:
@@ -340,11 +342,11 @@ def _draw(snapshot: ProgressSnapshot, rates: Rates, width: int) -> Group:
     return Group(grid, Text("\n".join(_lines(_facts(snapshot, rates), width)), overflow="fold"))
 
 
-def _lines(facts: list[str], width: int) -> list[str]:
-    """Return the facts in lines of at most `width` characters, each whole."""
+def _lines(facts: list[str], width: int, in_front: int = 0) -> list[str]:
+    """Return the facts in lines of at most `width` characters, each whole; so many stand in front of the first line."""
     lines = facts[:1]
     for fact in facts[1:]:
-        if len(lines[-1]) + 2 + len(fact) <= width:
+        if len(lines[-1]) + 2 + len(fact) <= width - (in_front if len(lines) == 1 else 0):
             lines[-1] += f"  {fact}"
         else:
             lines.append(fact)
@@ -369,7 +371,7 @@ def _facts(snapshot: ProgressSnapshot, rates: Rates) -> list[str]:
     if snapshot.phase != "generating":
         return facts
     if snapshot.tokens_in or snapshot.tokens_out:
-        facts += [f"in {rates.tokens_in:,.0f} tok/s", f"out {rates.tokens_out:,.0f} tok/s", f"kv {snapshot.kv_used:.0%}"]
+        facts += [f"in {rates.tokens_in:,.0f} tok/s", f"out {rates.tokens_out:,.0f} tok/s", f"KV cache {snapshot.kv_used:.0%}"]
         facts.append(f"running {snapshot.running:,}")
     facts.append(f"waiting {snapshot.waiting:,}")
     return [*facts, *eta]
