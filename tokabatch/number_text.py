@@ -20,11 +20,13 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one}" if number == 1 else f"{number:,} {many or f'{one}s'}"
 
 
-def others_text(reasons: Mapping[str, int], shown: int) -> str | None:
+def others_text(reasons: Mapping[str, int], shown: int, uncounted: int = 0) -> str | None:
     """`and 4 samples for 2 other reasons`, those beyond the `shown` most frequent; None where there are none. `reasons` has
-    the samples of each."""
+    the samples of each; `uncounted` samples have still other reasons, it is not known how many."""
     others = sorted((count for count in reasons.values() if count > 0), reverse=True)[shown:]
-    return f"and {counted(sum(others), 'sample')} for {counted(len(others), 'other reason')}" if others else None
+    samples = counted(sum(others) + uncounted, "sample")
+    more = "more than " if uncounted else ""
+    return f"and {samples} for {more}{counted(len(others), 'other reason')}" if others or uncounted else None
 
 
 def first_counted(number: int, one: str) -> str:

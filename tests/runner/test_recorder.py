@@ -60,6 +60,15 @@ def test_how_many_reasons_are_not_shown_is_told(write: Write, tmp_path: Path) ->
     assert summary.unverified_reasons[3] == "and 4 samples for 2 other reasons"
 
 
+def test_reasons_beyond_those_that_are_kept_are_counted(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokabatch.runner.recorder.MAX_REASONS", 4)
+    judge = tmp_path / "judge.py"
+    judge.write_text("def verify(text, row): raise KeyError(row['answer'])")
+    summary = scripted_run(write(answer=str), tmp_path / "out", verify={"kind": str(judge)})
+    assert summary.unverified == 20 and len(summary.unverified_reasons) == 4
+    assert summary.unverified_reasons[3] == "and 14 samples for more than 1 other reason"
+
+
 def fails_for_row(monkeypatch: pytest.MonkeyPatch, row: int, whole: object = None) -> None:
     """The column `doc` of one row cannot be taken out of the input, whenever it is tried."""
     real = columns.JsonColumns.take

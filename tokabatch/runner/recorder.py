@@ -58,6 +58,8 @@ class Tally:
     unverified: int
     """Good samples that the judge could not judge, mostly for want of a reference answer; pass@k counts them as wrong."""
     _reasons: Counter[str]
+    _beyond: int = 0
+    """Samples whose reasons are further ones than are kept."""
     output_tokens: int = 0
     """Of the samples of this start that are ok."""
 
@@ -78,7 +80,7 @@ class Tally:
     def unverified_reasons(self) -> tuple[str, ...]:
         """The most frequent ones of this start, each with its count, and how many others there are."""
         shown = [f"{reason} ({counted(count, 'sample')})" for reason, count in self._reasons.most_common(SHOWN_REASONS)]
-        others = others_text(self._reasons, SHOWN_REASONS)
+        others = others_text(self._reasons, SHOWN_REASONS, self._beyond)
         return (*shown, others) if others else tuple(shown)
 
     def add(self, table: pa.Table, *, judged: bool, sign: int = 1) -> None:
@@ -98,6 +100,8 @@ class Tally:
                 continue
             if reason in self._reasons or len(self._reasons) < MAX_REASONS:
                 self._reasons[reason] += sign * count
+            else:
+                self._beyond += sign * count
 
 
 class Recorder:
