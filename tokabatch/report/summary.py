@@ -29,7 +29,7 @@ _TOTALS = (
 """The fields of a summary that are not of one start alone."""
 _LONG, _NOTES = 60.0, 3
 """The seconds of a run after which notes of its start may have left the screen, and how many of them are shown again."""
-_PARTIAL = "short samples finish first, so the final value will differ"
+_PARTIAL = "the first to finish may differ from the rest"
 
 
 @dataclass(frozen=True, slots=True)

@@ -291,6 +291,12 @@ def _rejudge(
             if summary:
                 write_summary(claim, {**read_summary(claim.folder), "exit_code": stop.poll()})
             raise Stopped(_stopped(claim.folder.path, scored.judged, display.total), stop.poll())
+    return _close(claim, manifest, job, scored, summary)
+
+
+def _close(claim: Claim, manifest: Manifest, job: Job, scored: Scored, summary: Mapping[str, Any]) -> Scored:
+    """Return the result with what all verdicts estimate. Record the same in the folder's summary, if it had one, and mark the
+    run as complete, if it is."""
     shards = claimed_shards(claim)
     books = Books.of(manifest.samples, shards)
     without_verdict = read_status(claim.folder.path).without_verdict or 0
