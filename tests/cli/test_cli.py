@@ -497,6 +497,11 @@ assert not {{"torch", "transformers", "tokenizers"}} & sys.modules.keys()
         done = tokabatch("status", finished[0])
         assert done.returncode == 0 and re.search(r"state +complete", done.stdout) and re.search(r"ok +4\n", done.stdout)
         assert re.search(r"started +20\d\d-\d\d-\d\d \d\d:", done.stdout) and re.search(r"input .*\.jsonl\n", done.stdout)
+        done = tokabatch("status", finished[0], "--json")
+        shown = json.loads(done.stdout)
+        assert (shown["state"], shown["rows"], shown["samples"], shown["ok"], shown["pending"]) == ("complete", 2, 4, 4, 0)
+        assert shown["estimates"] == json.loads((finished[0] / "summary.json").read_text())["estimates"] != {}
+        assert (shown["pace"], shown["shared"], shown["of_another_judge"]) == (None, None, None)
 
     @pytest.mark.parametrize(("nested", "lines"), [((), 4), (("--nested",), 2)])
     def test_export(
@@ -507,7 +512,17 @@ assert not {{"torch", "transformers", "tokenizers"}} & sys.modules.keys()
         assert done.returncode == 0, done.stderr
         rows = [json.loads(line) for line in target.read_text().splitlines()]
         assert len(rows) == lines and [row["row_index"] for row in rows] == sorted(row["row_index"] for row in rows)
-        assert str(target) in done.stdout
+        assert str(target) in done.stdout and "replaced" not in done.stderr
+        done = tokabatch("export", finished[0], "--to", target, *nested)
+        assert done.returncode == 0 and f"\nnote: replaced {target}\n" in done.stderr
+
+    def test_verdicts_and_a_page_that_replace_a_file(
+        self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    ) -> None:
+        for command, target in (("score", tmp_path / "v.parquet"), ("report", tmp_path / "page.html")):
+            for replaced in (False, True):
+                done = tokabatch(command, finished[0], "--to", target)
+                assert done.returncode == 0 and (f"\nnote: replaced {target}\n" in done.stderr) is replaced, done.stderr
 
     def test_export_to_standard_output(self, finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
         done = tokabatch("export", finished[0], "--to", "-", "--columns", "row_index,text", "--where", "ok")

@@ -486,6 +486,7 @@ MISTAKES = [
     ),
     (("download", "./x"), r"no such folder \(looked in /.*\)\. MODEL must be a model's folder or a hub id"),
     (("check", "nothing"), "no run has written here; give the folder that the job names as output.path"),
+    (("check", "runs"), "as output.path; the runs below it: runs/a\n"),
     (("plan", Q, "output.path=r.jsonl"), r"name a folder, such as r\. `tokabatch export r --to r\.jsonl` then writes one file"),
     (("keys", "server.prt"), r"did you mean `server\.port`\?"),
 ]

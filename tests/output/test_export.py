@@ -289,10 +289,12 @@ def test_refusals_name_the_remedy(tmp_path: Path) -> None:
         _check_shards(OutputFolder(out), (), Selection())
     (out / "manifest.json").unlink()
     write_output(out, [(0, 0)], pa.table({"samples": [1]}))
+    os.mkfifo(pipe := tmp_path / "pipe.jsonl")
     for target, message in [
         (tmp_path / "all.txt", r"ends in \.jsonl, \.csv or \.parquet"),
         (tmp_path / "no" / "all.jsonl", "does not exist; create it"),
         (out / "data" / "all.parquet", "among the run's own shards"),
+        (pipe, "is not a regular file, and is not replaced; name another file"),
     ]:
         with pytest.raises(OutputError, match=message):
             export(out, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -23,7 +24,10 @@ from tokabatch.number_text import counted, others_text
 from tokabatch.report.streams import first_fault
 
 
-def status(out: OutArgument) -> None:
+def status(
+    out: OutArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
+) -> None:
     """Show how far the run in an output folder is.
 
     During a run, also its speed and an estimate of the time left. Only samples on disk are counted; a running job commits
@@ -33,14 +37,23 @@ def status(out: OutArgument) -> None:
     Examples
       tokabatch status out/quickstart
       watch -n 10 tokabatch status out/quickstart   every 10 seconds
+      tokabatch status out/quickstart --json | jq .pending
     """
     found = read_state(out)
     first = ("state", "started", "model", "input")
     values = {**{name: getattr(found, name) for name in first}, **asdict(found), "pending": found.pending}
     pace = import_module("tokabatch.output.status").read_pace(out, time.time()) if found.state == "running" else None
     shown = import_module("tokabatch.report.folder_state")
-    sections = shown.status_sections(values, pace and asdict(pace))
     shares = import_module("tokabatch.output.status").read_shares(out, time.time())
+    if as_json:
+        folder = import_module("tokabatch.output.folder").OutputFolder(out)
+        whole = found.pending == 0 and not found.unjudged and found.of_another_judge is None
+        estimates = import_module("tokabatch.report.run_estimates").read_estimates(folder) if whole and found.ok else ()
+        values |= {"pace": pace and asdict(pace), "shared": shares and asdict(shares)}
+        values["estimates"] = {each.name: [each.value, each.low, each.high] for each in estimates or ()}
+        print_result(json.dumps(values))
+        return
+    sections = shown.status_sections(values, pace and asdict(pace))
     sections += shown.share_sections(asdict(shares)) if shares is not None else ()
     if found.correct is not None:
         verdicts_of = import_module("tokabatch.report.summary").verdict_sections
@@ -103,7 +116,10 @@ def report(
         place.check_target(place.OutputFolder(out), to, (to.suffix,))
     # It tells of caches that it cannot write in the home of a container's user.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    replaced = to is not None and to.exists()
     print_result(str(import_module("tokabatch.report.review").write_report(out, to)))
+    if replaced:
+        print_message(f"replaced {to}")
     _note_incomplete(out, found.committed, found.samples)
 
 
@@ -118,6 +134,7 @@ def check(out: OutArgument) -> None:
     Example
       tokabatch check out/quickstart
     """
+    refuse_absent(out)
     checked: Any = import_module("tokabatch.output.integrity").check(out)
     faults = [(fault.file, fault.problem) for fault in checked.faults]
     print_note(import_module("tokabatch.report.folder_state").check_sections(checked.facts, faults))
@@ -161,6 +178,7 @@ def score(
       tokabatch score out/quickstart verify.kind=exact --to verdicts.parquet
     """
     refuse_absent(out)
+    replaced = to is not None and to.exists()
     doing = "keeping the verdicts so far" if to is None else f"{to} is not written"
     with stop_on_signals(doing) as stop:
         try:
@@ -177,6 +195,8 @@ def score(
     where = f"in {counted(scored.files, 'file')}" if to is None else f"into {to}"
     right = "" if to is None else f", {scored.right:,} right ({scored.right / max(1, scored.judged):.1%})"
     print_note(f"{out}: {counted(scored.judged, 'sample')} judged {where}{right}")
+    if replaced:
+        print_message(f"replaced {to}")
     if to is not None:
         _note_incomplete(out, scored.done, scored.samples)
     for reason, number in scored.reasons.most_common(3):
@@ -262,7 +282,10 @@ def export(
         if nested or columns is not None or where is not None:
             raise UsageError("--nested, --columns and --where do not apply to --format openai; leave them out")
         refuse_absent(out)
+        replaced = to.exists()
         print_note(write_batch(out, to, errors))
+        if replaced:
+            print_message(f"replaced {to}")
         return
     if errors is not None:
         raise UsageError("--errors belongs to --format openai; add it")
@@ -278,6 +301,7 @@ def export(
     exporter = import_module("tokabatch.output.export")
     names = None if columns is None else tuple(name.strip() for name in columns.split(","))
     selection = exporter.Selection(nested, names, where)
+    replaced = str(to) != "-" and to.exists()
     with stop_on_signals("removing the unfinished file") as stop:
         try:
             with stop.at_once():
@@ -291,6 +315,8 @@ def export(
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
+    if replaced:
+        print_message(f"replaced {to}")
     _note_incomplete(out, exported.done, exported.planned)
     if str(to) != "-":
         samples, rows = counted(exported.samples, "sample"), counted(exported.rows, "row")

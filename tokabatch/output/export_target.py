@@ -26,6 +26,8 @@ def check_target(
         raise OutputError(f"{option} {target}: the folder {target.parent} does not exist; create it first")
     if _is_folder(target, option):
         raise OutputError(f"{option} {target} is a folder; name a file in it")
+    if not _is_file_or_absent(target):
+        raise OutputError(f"{option} {target} is not a regular file, and is not replaced; name another file")
     if folder.data.resolve() in target.resolve().parents:
         raise OutputError(f"{option} {target} lies among the run's own shards; export to another folder")
     if (manifest := read_manifest(folder)) is not None:
@@ -43,6 +45,13 @@ def refuse_input(job: Mapping[str, Any], target: Path, option: str, working_fold
             raise OutputError(
                 f"{option} {target} is or would be one of the files that the job reads ({key} {path!r}); name a file elsewhere"
             )
+
+
+def _is_file_or_absent(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True
 
 
 def _is_folder(path: Path, option: str) -> bool:
