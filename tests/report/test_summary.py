@@ -73,7 +73,7 @@ class TestRunSummary:
 
     def test_figures_of_a_part_say_so(self) -> None:
         part = facts(run_sections(replace(SUMMARY, ok=40, estimates=())))
-        assert part["no estimate"].startswith("50 of 400 samples so far; short samples finish first")
+        assert part["no estimate"].startswith("50 of 400 samples so far; the first to finish may differ")
         assert "no estimate" not in facts(run_sections(SUMMARY))
 
     def test_no_row_at_all(self) -> None:
