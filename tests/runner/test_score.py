@@ -349,7 +349,7 @@ def test_where_verdicts_stopped_rows_none_is_judged_again(rows: Path, tmp_path: 
     assert summary.unverified > 0 and score(out, progress=MessagesOnly(shown)).judged == 0
     told = shown.getvalue().splitlines()
     what = "without a verdict: not judged again, as verdicts stop rows (verify.stop)"
-    assert told == [f"{summary.unverified} samples {what}"]
+    assert told == [f"note: {summary.unverified} samples {what}"]
     assert read_status(out).without_verdict == summary.unverified
 
 
