@@ -205,7 +205,7 @@ def test_types_that_json_lacks(tmp_path: Path) -> None:
         "day": "2026-01-02",
         "clock": "03:04:05.000000",
         "price": "1.10",
-        "spans": [5, None],
+        "spans": ["PT0.000000005S", None],
         "floats": [1.5, None, None, None],
         "half": 0.5,
         "kind": "a",

@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,3 +91,23 @@ def test_times_beyond_the_years_that_arrow_prints_can_be_read_back() -> None:
     assert rows[2]["plain"] is None and rows[2]["nested"] == [{"at": None, "n": 1}]
     assert [rows[3]["plain"], rows[3]["zone"]] == near
     assert [cell for row in flatten(table).to_pylist() for cell in row.values() if "out of range" in str(cell)] == []
+
+
+def test_durations_are_written_in_iso_8601() -> None:
+    spans = {"s": [93_784, 0, -3600], "ms": [93_784_500, 86_400_000, None], "ns": [1, -60_000_000_000, 2**62]}
+    texts = {
+        "s": ["P1DT2H3M4S", "PT0S", "-PT1H"],
+        "ms": ["P1DT2H3M4.5S", "P1D", None],
+        "ns": ["PT0.000000001S", "-PT1M", "P53375DT23H53M38.427387904S"],
+    }
+    for unit, counts in spans.items():
+        column = pa.array(counts, pa.duration(unit))
+        nested = pa.StructArray.from_arrays([column, pa.array(["x"] * 3)], ["span", "name"])
+        table, file = pa.table({"x": column, "y": nested}), io.BytesIO()
+        write_json_lines(table, file)
+        lines = [json.loads(line) for line in file.getvalue().splitlines()]
+        assert lines == [{"x": text, "y": {"span": text, "name": "x"}} for text in texts[unit]]
+        assert flatten(table)["x"].to_pylist() == texts[unit] == [text for text in texts[unit]]
+        assert flatten(table).schema == flatten(table.schema.empty_table()).schema
+        pandas_reads = [None if text is None else pd.Timedelta(text) for text in texts[unit]]
+        assert pandas_reads == [None if each is None else pd.Timedelta(each, unit) for each in counts]
