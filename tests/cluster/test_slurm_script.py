@@ -146,6 +146,23 @@ def test_options_are_written_as_sbatch_reads_them(tmp_path, monkeypatch):
     for wrong in ("-p gpu", "partition gpu", "partition=gpu account=me", "partition=gpu --mem=0", ""):
         with pytest.raises(UsageError, match="is not one long option of sbatch"):
             _write("--sbatch", wrong)
+    for wrong, remedy in (
+        ("partition", "needs a value; write --sbatch partition=VALUE"),
+        ("mem=", "needs a value; write --sbatch mem=VALUE"),
+        ("partion=gpu", r"no such option; did you mean --sbatch partition=gpu\?"),
+        ("--gpus-per-nod=2", ""),
+        ("requeue=yes", "takes no value; write --sbatch requeue"),
+        ("gpu=2", "may be gpu-bind, gpu-freq, gpus, gpus-per-node, .*; write one of them in full"),
+        ("mail-typ=END", ""),
+        ("container-image=a.sqsh", ""),
+        ("power-cap=300", ""),
+        ("nice=10", ""),
+    ):
+        if remedy:
+            with pytest.raises(UsageError, match=f"--sbatch .*{remedy}"):
+                _write("--sbatch", wrong)
+        else:
+            assert f"#SBATCH --{wrong.removeprefix('--')}\n" in _write("--sbatch", wrong)[0]
     for limit, ahead in (("2:00", 30), ("3", 45), ("4:00:00", 120), ("1-12", 120), ("UNLIMITED", 120)):
         assert f"signal=USR1@{ahead}\n" in _write("--time", limit)[0]
 

@@ -14,6 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokabatch.cluster.sbatch_options import refuse_option
 from tokabatch.errors import EXIT_STOPPED, UsageError
 
 UNITS_PER_TASK, LEAST_UNITS = 32, 64
@@ -144,13 +145,15 @@ def write_script(path: Path, text: str, *, overwrite: bool = False) -> None:
 
 
 def _option(given: str) -> str:
-    """Return an option as a directive takes it, without dashes. Raises UsageError if it is not one long option."""
+    """Return an option as a directive takes it, without dashes. Raises UsageError if it is not one long option, or is certainly
+    wrong."""
     found = re.fullmatch(r"(?:--)?([a-z][a-z0-9-]+)(?:=(.*))?", given.strip())
     if found is None or re.search(r"\s-|\s[a-z-]+=", found[2] or ""):
         raise UsageError(
             f"--sbatch {given!r} is not one long option of sbatch; write its long name, and --sbatch once for each option: "
             "--sbatch partition=gpu --sbatch account=NAME"
         )
+    refuse_option(found[1], found[2])
     return found[1] if found[2] is None else f"{found[1]}={found[2]}"
 
 
