@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -23,12 +24,12 @@ from tokabatch.input.prompts.chat_template import (
     is_jinja,
     refuse_missing_chat_template,
 )
-from tokabatch.input.prompts.columns import PromptColumns, check_columns, check_first_rows
+from tokabatch.input.prompts.columns import FIRST_ROWS, PromptColumns, check_columns, check_first_rows
 from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.prompts.row_settings import refuse_beyond, refuse_beyond_context
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS
 from tokabatch.input.readers import is_of_files, list_local_files
-from tokabatch.input.rows import no_rows
+from tokabatch.input.rows import NO_PLACES, Row, RowPlaces, no_judged_row, no_rows
 from tokabatch.input.tokenizer.files import TOKENIZER_JSON, has_no_chat_template, tokenizer_folder
 from tokabatch.job import FP8_NEEDS, EngineConfig, Job, ModelConfig, fp8_key, verifier_path
 from tokabatch.job.engine_limits import least_pages, refuse_limits, refuse_small_cache
@@ -142,7 +143,8 @@ def refuse_early(
         return
     given, job = job, settle_format(job)
     try:
-        names, whole = ((), False) if files is None or len(files) > _MOST_FILES else _check_columns(job, columns)
+        few = files is not None and len(files) <= _MOST_FILES
+        first = _check_columns(job, columns) if few else _FirstRows()
     except InputError as error:
         if job.input.format != "openai" or given.input.format == "openai":
             raise
@@ -150,7 +152,7 @@ def refuse_early(
             f"{error}. By its first line, it is a batch file of OpenAI's API; write input.format: rows if it is not"
         ) from error
     generation = effective_generation(job, folder)[0]
-    of_job = whole and SAMPLING_PARAMS not in names and job.input.format != "openai" and job.mode == "generate"
+    of_job = first.all_names and SAMPLING_PARAMS not in first.names and job.input.format != "openai" and job.mode == "generate"
     output = 1 if not of_job else generation.max_tokens if generation.max_tokens != "context" else spec.context_length - 1
     refuse_small_cache(job.engine, least_pages(1 + output, job.engine.page_size))
     how = {"retry_errors": retry_errors, "replaceable": not shared}
@@ -161,27 +163,55 @@ def refuse_early(
         dtype = None if job.model.dtype == "auto" else job.model.dtype
         earlier.compare(describe(job, generation, marks, dtype=dtype))
         earlier = None if earlier.worthless else earlier
+    if earlier is None:
+        _refuse_unjudged(job, first)
     if earlier is not None and job.input.limit is not None and job.input.format != "openai":
         earlier.compare_limit(job.input.limit)
-    if earlier is not None and names and SAMPLING_PARAMS not in names:
+    if earlier is not None and first.names and SAMPLING_PARAMS not in first.names:
         earlier.compare_n(job.generation.n)
 
 
-def _check_columns(job: Job, columns: PromptColumns) -> tuple[Collection[str], bool]:
-    """Return the columns of the first rows, and whether these are all of the input's. Raises UsageError for columns that the
-    job needs and that are not there."""
+@dataclass(frozen=True, slots=True)
+class _FirstRows:
+    """What was read of the input: names of columns, and rows. `all_names` and `all_rows`: there are no others."""
+
+    names: Collection[str] = ()
+    all_names: bool = False
+    rows: Sequence[Row] = ()
+    all_rows: bool = False
+    places: RowPlaces = NO_PLACES
+
+
+def _check_columns(job: Job, columns: PromptColumns) -> _FirstRows:
+    """Read the first rows; of files with a schema only if they are judged. Raises UsageError for columns that the job needs and
+    that are not there."""
     reader = open_rows(job.input)
     if reader.schema is not None:
         check_columns(job, columns, reader.schema.names)
-        return reader.schema.names, True
+        if job.verify is None:
+            return _FirstRows(reader.schema.names, all_names=True)
     batches = list(islice(reader.batches(), 2))
     if not any(batch.rows for batch in batches):
         raise no_rows(reader.name)
     rows = [row for batch in batches[:1] for row in batch.rows][: job.input.limit]
-    names = {name for row in rows if row.error is None for name in (*(row.columns or ()), *row.prompt_columns)}
     whole = len(batches) == 1 or len(rows) == job.input.limit
+    if reader.schema is not None:
+        return _FirstRows(reader.schema.names, all_names=True, rows=rows, all_rows=whole)
+    names = {name for row in rows if row.error is None for name in (*(row.columns or ()), *row.prompt_columns)}
     if names and whole:
         check_columns(job, columns, names)
     elif names:
         check_first_rows(columns, names, len(rows))
-    return names, whole
+    return _FirstRows(names, all_names=whole, rows=rows, all_rows=whole, places=RowPlaces(batches[0].begins))
+
+
+def _refuse_unjudged(job: Job, first: _FirstRows) -> None:
+    """Raise JobError if none of the first rows can be judged: of all rows, or of as many as for a missing column."""
+    read = [row.columns for row in first.rows if row.columns is not None and row.error is None]
+    if job.verify is None or not read or not (first.all_rows or len(first.rows) >= FIRST_ROWS):
+        return
+    pool = open_pool(job.verify)
+    (fault,) = pool.check(read[:1])
+    if isinstance(fault, str) and all(isinstance(each, str) for each in pool.check(read[1:])):
+        index = next(row.index for row in first.rows if row.columns is read[0])
+        raise no_judged_row(first.places.name(index), fault, None if first.all_rows else len(first.rows))

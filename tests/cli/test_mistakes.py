@@ -82,6 +82,8 @@ FILES = {
     "output: o\ngeneration: hot\nverify: gsm8k\n",
     "place.yaml": "model: {path: m}\ninput: {path: x, template: t}\noutput: {dir: o}\n"
     "generation: {verify: {kind: exact}}\nprompt: {messages: [{role: user, content: x}]}\n",
+    "listed.jsonl": '{"question": "a", "answer": ["1"], "why": {"a": 1}}\n',
+    "many.jsonl": '{"question": "a", "answer": "none"}\n' * 1100,
     "weights/config.json": "{}",
     "weights/tokenizer.json": "{}",
     "repository/.git/HEAD": "",
@@ -394,6 +396,18 @@ MISTAKES = [
         r"holds a repository \(\.git\), .*; name a folder that is empty or new, such as rep",
     ),
     (("run", Q, "output.path=project", "--overwrite"), r"holds a Python project \(pyproject\.toml\), .*; name a folder that"),
+    (
+        ("run", Q, "input.path=listed.jsonl"),
+        r"row 0 \(.*line 1\) because its column 'answer' is a list, and an answer is text or a number; correct verify or",
+    ),
+    (
+        ("run", Q, "input.path=listed.jsonl", "verify={kind: exact, answer: why}"),
+        "its column 'why' is an object, and an answer is text, a number or a list of them",
+    ),
+    (
+        ("run", Q, "input.path=many.jsonl"),
+        r"none of the first 1,024 rows can be judged, .*If later rows can be judged, put",
+    ),
     (("run", Q, "generation.n="), r"=`: has no value; write generation\.n=4 or generation\.n=null for the default\n"),
     (
         ("run", Q, "prompt.system="),
@@ -523,7 +537,7 @@ def test_the_message_says_what_to_do(
 
 
 SLOW = ("torch", "transformers", "tokenizers")
-LATE = ("engine.process", "kv_cache_tokens=64", "--simulate", "max_tokens=9999", "--to r.jsonl", "long.jsonl", "unjudged")
+LATE = ("engine.process", "kv_cache_tokens=64", "--simulate", "max_tokens=9999", "--to r.jsonl", "long.jsonl")
 """What torch or the whole input decides, or a run alone."""
 
 

@@ -22,6 +22,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb, walk_tb
@@ -39,6 +40,7 @@ COLUMN_TYPES: Mapping[type, str] = {str: "string", int: "int64", float: "float64
 
 
 _VERIFIERS = Path(__file__).with_name("verifiers")
+_OWN_MODULES = "tokabatch.scoring.verifiers."
 _TEXTS = frozenset({"text", "texts", "completion", "completions", "response", "responses", "prediction", "predictions"})
 _ROWS = frozenset({"row", "rows"})
 _REFERENCES = frozenset({"reference", "answer", "expected", "gold", "ground_truth"})
@@ -113,6 +115,7 @@ class Judge:
 
     def __init__(self, spec: JudgeSpec) -> None:
         module = _load(spec)
+        self._spec = spec
         self._file = getattr(module, "__file__", None)
         function = getattr(module, spec.function, None)
         if not callable(function):
@@ -177,6 +180,8 @@ class Judge:
 
     def check(self, row: Mapping[str, Any]) -> str | None:
         """Return why no text of this row can be judged; None if it can, or if the judge does not say."""
+        if self._spec.source.startswith(_OWN_MODULES) and (fault := _no_answer(self._spec, row)):
+            return fault
         if self._check is None:
             return None
         try:
@@ -242,6 +247,16 @@ class Judge:
         where = f" in line {lines[-1]}" if lines else ""
         said = f"{type(error).__name__}: {words}" if words else type(error).__name__
         return said[: MAX_REASON - len(where)] + where
+
+
+def _no_answer(spec: JudgeSpec, row: Mapping[str, Any]) -> str | None:
+    """Return why the value of `verify.answer` is nothing that a verifier of the package compares with, whatever it holds."""
+    value = row.get(spec.answer) if spec.answer is not None else None
+    kinds: dict[type, str] = {dict: "an object", bytes: "binary data", timedelta: "a span of time"}
+    kinds |= {} if spec.kind == "exact" else {list: "a list"}
+    kind = next((name for each, name in kinds.items() if isinstance(value, each)), None)
+    takes = "text, a number or a list of them" if spec.kind == "exact" else "text or a number"
+    return kind and f"its column {spec.answer!r} is {kind}, and an answer is {takes}"
 
 
 def _function(module: ModuleType, name: str) -> Callable[..., Any] | None:

@@ -23,7 +23,7 @@ from tokabatch.input.generation_defaults import describe_ignored
 from tokabatch.input.prompt_order import Sharing, longest_first, measure_sharing, order_prompts
 from tokabatch.input.prompts.builder import Limits
 from tokabatch.input.prompts.notes import describe_answer, describe_unscored
-from tokabatch.input.rows import NO_PLACES, RowPlaces
+from tokabatch.input.rows import NO_PLACES, RowPlaces, no_judged_row
 from tokabatch.input.store.json_types import json_texts, place_name
 from tokabatch.input.store.kept_input import Origin, describe_origin, load_kept
 from tokabatch.input.store.row_digests import RowDigests
@@ -296,10 +296,7 @@ def _reference_notes(store: InputStore, pool: JudgePool, answer: str | None, *, 
         return ()
     if refused == judged and not begun:
         row, fault = next(iter(faults.items()))
-        raise JobError(
-            f"verify: no row can be judged, {store.places.name(row)} because {fault}; correct verify or the rows, or leave "
-            "verify out"
-        )
+        raise no_judged_row(store.places.name(row), fault)
     shown = [
         f"warning: {store.places.name(row)} cannot be judged: {fault}" for row, fault in list(faults.items())[:SHOWN_FAULTS]
     ]
