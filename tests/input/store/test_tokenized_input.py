@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -120,12 +121,23 @@ def test_whole_floats_are_ids_as_pandas_writes_them_beside_a_missing_one(tmp_pat
     assert "is the floating-point number 9007199254740992.0, which is not exact from 2^53 on" in store.errors[4].message
 
 
-def test_floats_of_32_bits_are_ids_only_where_they_are_exact(tmp_path: Path, ingest_job: Ingest) -> None:
-    ids = pa.array([2.0**24 - 1, 2.0**24 + 2], pa.float32())
-    pq.write_table(pa.table({"prompt": ["x"] * 2, "key": ids}), tmp_path / "rows.parquet")
+def test_floats_of_32_bits_are_ids_with_a_note_where_they_may_be_rounded(tmp_path: Path, ingest_job: Ingest) -> None:
+    ids = pa.array([2.0**24 - 1, 2.0**24 + 2, None, 2.0**60], pa.float32())
+    pq.write_table(pa.table({"prompt": ["x"] * 4, "key": ids}), tmp_path / "rows.parquet")
     store = ingest_job(tmp_path / "rows.parquet", input={"id_column": "key"})
-    assert store.ids(np.arange(2)).to_pylist() == ["16777215", None]
-    assert "not exact from 2^24 on; give ids as integers or text" in store.errors[1].message
+    assert store.ids(np.arange(4)).to_pylist() == ["16777215", "16777218", None, None] and store.errors.keys() == {2, 3}
+    assert any(
+        "rounded from 2^24 on, the first in row 1; if ids were integers before, give those" in note for note in store.notes
+    )
+
+
+def test_an_index_that_pandas_gave_no_name_is_no_column_of_the_output(tmp_path: Path, ingest_job: Ingest) -> None:
+    frame = pandas.DataFrame({"prompt": ["a", "b", "c", "d"], "n": [1, 2, 3, 4]})
+    frame[frame.n != 2].to_parquet(tmp_path / "rows.parquet")
+    for columns, names in (("all", ["prompt", "n"]), (["__index_level_0__"], ["__index_level_0__"])):
+        assert ingest_job(tmp_path / "rows.parquet", output={"path": "out", "columns": columns}).column_schema.names == names
+    store = ingest_job(tmp_path / "rows.parquet", input={"id_column": "__index_level_0__"})
+    assert store.ids(np.arange(3)).to_pylist() == ["0", "2", "3"]
 
 
 def test_ids_of_other_types_are_faults(write_rows: Write, ingest_job: Ingest) -> None:

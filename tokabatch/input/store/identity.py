@@ -27,9 +27,9 @@ from tokabatch.input.store.disk_arrays import ArraySpool, Texts, TextSpool
 
 NULL = b"\xff"  # no UTF-8 text
 LISTED = 10
-_EXACT_BITS = {pa.float16(): 11, pa.float32(): 24}
+_SHORT_BITS = {pa.float16(): 11, pa.float32(): 24}
 _BITS = 53
-"""From two to this power on, several whole numbers are the same float; of a column of a shorter type, as above."""
+"""From two to this power on, several whole numbers are the same float; in a column of a shorter type, as above."""
 
 
 class IdSpool:
@@ -38,7 +38,9 @@ class IdSpool:
 
     def __init__(self, path: Path, column: str, of_requests: bool = False, kind: pa.DataType | None = None) -> None:
         self.column = column
-        self._bits = _BITS if kind is None else _EXACT_BITS.get(kind, _BITS)
+        self._short_bits = _SHORT_BITS.get(kind) if kind is not None else None
+        self._rounded: int | None = None
+        """The first row with a short float that several whole numbers may have become."""
         self._of_requests = of_requests
         self._texts = TextSpool(path)
         self._checks = (path.with_suffix(".digests"), path.with_suffix(".rows"))
@@ -47,13 +49,26 @@ class IdSpool:
 
     def append(self, rows: Sequence[Row]) -> dict[int, RowError]:
         """Keep the rows' ids; return the errors of rows without one, by row number."""
-        ids = [row_id(row, self.column, self._bits) for row in rows]
+        ids = [row_id(row, self.column) for row in rows]
+        if self._short_bits is not None and self._rounded is None:
+            values = ((row.index, (row.columns or {}).get(self.column)) for row in rows)
+            least = 2**self._short_bits
+            self._rounded = next((index for index, value in values if value is not None and abs(value) >= least), None)
         texts = [NULL if isinstance(each, RowError) else each.encode() for each in ids]
         good = [(row.index, text) for row, text in zip(rows, texts, strict=True) if text != NULL]
         self._texts.append(texts)
         self._rows.append([index for index, _ in good])
         self._digests.append([int.from_bytes(blake2b(text, digest_size=8).digest(), "little") for _, text in good])
         return {row.index: each for row, each in zip(rows, ids, strict=True) if isinstance(each, RowError)}
+
+    def describe(self, places: RowPlaces = NO_PLACES) -> tuple[str, ...]:
+        """Return a note on ids that may have been rounded before they came into the column."""
+        if self._rounded is None:
+            return ()
+        return (
+            f"warning: input.id_column {self.column!r} holds short floating-point numbers, in which whole numbers are rounded "
+            f"from 2^{self._short_bits} on, the first in {places.name(self._rounded)}; if ids were integers before, give those",
+        )
 
     def finish(self, places: RowPlaces = NO_PLACES) -> Texts:
         """Return all ids. Raises InputError with the first ten that occur more than once."""
@@ -86,9 +101,8 @@ class IdSpool:
         return texts
 
 
-def row_id(row: Row, column: str, bits: int = _BITS) -> str | RowError:
-    """Return the id of one row, or an error; for a row that could not be parsed, its own. `bits` is the precision of its
-    floating-point numbers."""
+def row_id(row: Row, column: str) -> str | RowError:
+    """Return the id of one row, or an error; for a row that could not be parsed, its own."""
     if row.columns is None:
         return row.error or RowError("missing_field", "the row could not be read")
     value: Any = row.columns.get(column)
@@ -98,10 +112,10 @@ def row_id(row: Row, column: str, bits: int = _BITS) -> str | RowError:
         return row.error or _without_id(RowError("missing_field", f"the column {column!r} is NaN in this row"))
     if isinstance(value, float) and value.is_integer():
         # As which pandas keeps whole numbers where one is missing.
-        if abs(value) >= 2**bits:
+        if abs(value) >= 2**_BITS:
             return RowError(
                 "bad_type",
-                f"the id in column {column!r} is the floating-point number {value}, which is not exact from 2^{bits} on; give "
+                f"the id in column {column!r} is the floating-point number {value}, which is not exact from 2^{_BITS} on; give "
                 "ids as integers or text",
             )
         value = int(value)

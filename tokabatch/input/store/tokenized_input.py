@@ -6,6 +6,7 @@ caller owns and removes. Independent of the schedule and of the output format.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from tokabatch.input.tokenizer.tokenizer import Tokenizer
 
 _TOKENS, _START, _LENGTH, _PARAMS = "tokens.bin", "start.bin", "length.bin", "params.bin"
+_PANDAS_INDEX = re.compile(r"__index_level_[0-9]+__")
+"""What pandas calls an index without a name, where it writes it as a column."""
 _COLUMNS, _IDS = "columns", "ids.bin"
 _SETTINGS = tuple(field.name for field in fields(SamplingParams))
 _GIVEN = ("continuation_first.bin", "continuation_start.bin", "continuation_tokens.bin")
@@ -303,7 +306,11 @@ class _Spools:
         columns = self._columns.finish()
         carried = job.output.columns
         # Only those in `output.columns`; the others are kept for a judge.
-        names = [name for name in columns.schema.names if carried == "all" or name in carried]
+        names = [
+            name
+            for name in columns.schema.names
+            if (name in carried if carried != "all" else not _PANDAS_INDEX.fullmatch(name))
+        ]
         return InputStore(
             num_rows=self.num_rows,
             tokens=self._tokens.finish(),
@@ -314,7 +321,12 @@ class _Spools:
             errors=self.errors,
             column_schema=_selected(columns.schema, names),
             chat=builder.chat,
-            notes=(*builder.describe(self.names, self.num_rows, places), *describe_shots(job), *describe_unused(job.input)),
+            notes=(
+                *builder.describe(self.names, self.num_rows, places),
+                *(self._ids.describe(places) if self._ids else ()),
+                *describe_shots(job),
+                *describe_unused(job.input),
+            ),
             hidden_rows=builder.hidden_rows,
             digests=self._digests.finish(),
             places=places,
