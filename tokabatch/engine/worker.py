@@ -20,6 +20,7 @@ from tokabatch.attention import create_backend
 from tokabatch.attention.base import AttentionBackend, token_slots
 from tokabatch.attention.capturable import Capturable
 from tokabatch.attention.upload import Outbox, to_host
+from tokabatch.engine.cores import usable_cores
 from tokabatch.engine.memory import captured_tokens, fitting_pages
 from tokabatch.engine.replica_sizes import ReplicaSizes, kv_shape, settle_pages
 from tokabatch.engine.warm_up import warm_up_steps
@@ -108,10 +109,12 @@ class Worker:
         ModelError, also for a file that is not the one that the run began with, and JobError if the shortest sample does not
         fit beside what a step needs."""
         sizes, device, penalised = spec.sizes, torch.device(spec.device), any(params.penalised for params in spec.draws)
-        if device.type == "cpu" and spec.replicas > 1:
-            torch.set_num_threads(max(1, torch.get_num_threads() // spec.replicas))
-        refuse_changed(spec.files)
         mesh = mesh or Mesh.single()
+        if device.type == "cpu":
+            ranks = mesh.tensor_size * mesh.pipeline_size
+            threads = min(torch.get_num_threads() // spec.replicas, usable_cores() // (spec.replicas * ranks))
+            torch.set_num_threads(max(1, threads))
+        refuse_changed(spec.files)
         decoder = load_decoder(spec.folder, spec.spec, spec.dtype, device, mesh, fp8=spec.fp8)
         # Once more: they may have been replaced while they were read.
         refuse_changed(spec.files)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from tokabatch.engine.cores import usable_cores
 from tokabatch.forecast.devices import PROCESSOR, Device
 from tokabatch.forecast.roofline import DeviceRates
 
@@ -19,14 +20,16 @@ _PRODUCT = 512
 
 def measure_processor(memory: float) -> Device:
     """Measure this machine's processor in float32, for some 0.3 s: the fastest of several trials. Products are measured on one
-    thread and multiplied by torch's number of threads, which would hold each other up on a busy machine."""
+    thread and multiplied by torch's number of threads, as far as there are cores for them; they would hold each other up on a
+    busy machine."""
     a = torch.ones((_PRODUCT, _PRODUCT), dtype=torch.float32)
     b = np.ones(16 << 20, np.float32)
     out = np.empty_like(b)
     threads = torch.get_num_threads()
+    used = min(threads, usable_cores())
     torch.set_num_threads(1)
     try:
-        product = _best_time(lambda: a @ a) / threads
+        product = _best_time(lambda: a @ a) / used
     finally:
         torch.set_num_threads(threads)
     copy = _best_time(lambda: np.copyto(out, b))
