@@ -408,6 +408,10 @@ MISTAKES = [
         ("run", Q, "input.path=many.jsonl"),
         r"none of the first 1,024 rows can be judged, .*If later rows can be judged, put",
     ),
+    (("run", Q, "trace.path=nothing"), "trace.path 'nothing' is a folder; name a file in a folder that exists"),
+    (("run", Q, "trace.path=none/trace.json"), "trace.path 'none/trace.json' is in a folder that does not exist; name"),
+    (("run", Q, "output.path=~no_such_user/out"), "~no_such_user is no user's folder here; write the path out, or ./~no"),
+    (("run", Q, "generation={n=4}"), "generation.n=4: unknown key; inside a mapping, a colon and a space stand .*: `n: 4`"),
     (("run", Q, "generation.n="), r"=`: has no value; write generation\.n=4 or generation\.n=null for the default\n"),
     (
         ("run", Q, "prompt.system="),

@@ -47,7 +47,11 @@ def _path_text(value: Any) -> Any:
         value = os.fspath(value)  # pyright: ignore[reportUnknownArgumentType]
     if isinstance(value, str) and (found := _VARIABLE.search(value)):
         raise ValueError(f"variables such as {found[0]} are not replaced here: write the path out")
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    if (expanded := os.path.expanduser(value)) == value:
+        raise ValueError(f"{value.partition('/')[0]} is no user's folder here; write the path out, or ./{value} for that name")
+    return expanded
 
 
 def _local_path(value: Any) -> Any:

@@ -218,6 +218,11 @@ def _unknown_key(model: type[BaseModel], owner: type[BaseModel], path: Path, giv
         return Refusal(path, f"unknown key; a dataset of the hub is named by input.path: {hub_dataset(value)}")
     if word.isdecimal():
         return Refusal(path, "unknown key; a comma ends a value between { and }: write a number without one, as 1000 or 0.7")
+    named, equals, value = word.partition("=")
+    if equals and named.strip() in owner.model_fields:
+        return Refusal(
+            path, f"unknown key; inside a mapping, a colon and a space stand behind a key: `{named.strip()}: {value.strip()}`"
+        )
     if word != word.strip():
         sign = word[0] if word[0].isspace() else word[-1]
         return Refusal(path, f"unknown key; the space beside it is U+{ord(sign):04X}; write ordinary ones")
