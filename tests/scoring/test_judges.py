@@ -303,7 +303,7 @@ def test_a_run_that_is_stopped_commits_what_is_not_judged(
 def test_references_are_checked_before_anything_is_computed(rows: Path, tmp_path: Path) -> None:
     report = plan(scripted_job(rows, tmp_path / "out", verify={"kind": "gsm8k", "answer": "answer"}))
     assert [note for note in report.notes if "judged" in note] == [
-        f"row 5 ({rows} line 6) cannot be judged: the reference answer 'None' holds no number"
+        f"warning: row 5 ({rows} line 6) cannot be judged: the reference answer 'None' holds no number"
     ]
     judge = tmp_path / "judge.py"
     judge.write_text(
@@ -311,10 +311,10 @@ def test_references_are_checked_before_anything_is_computed(rows: Path, tmp_path
     )
     report = plan(scripted_job(rows, tmp_path / "out", verify={"kind": str(judge)}))
     assert [note for note in report.notes if "judged" in note] == [
-        f"row 2 ({rows} line 3) cannot be judged: too large",
-        f"row 3 ({rows} line 4) cannot be judged: too large",
-        f"row 4 ({rows} line 5) cannot be judged: too large",
-        "3 more rows cannot be judged",
+        f"warning: row 2 ({rows} line 3) cannot be judged: too large",
+        f"warning: row 3 ({rows} line 4) cannot be judged: too large",
+        f"warning: row 4 ({rows} line 5) cannot be judged: too large",
+        "warning: 3 more rows cannot be judged",
     ]
 
 
