@@ -13,10 +13,11 @@ import tokabatch
 
 PACKAGE = Path(tokabatch.__file__).parent
 CONTRACTS = "scheduling.contracts"
-LEAVES = {"errors", "arrays", "number_text", CONTRACTS, "job"}
+LEAVES = {"errors", "arrays", "cores", "number_text", CONTRACTS, "job"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "arrays": set(),
+    "cores": set(),
     "number_text": set(),
     CONTRACTS: {"arrays"},
     "job": LEAVES,
@@ -63,6 +64,7 @@ WITHOUT_TORCH = {
     "cluster",
     "errors",
     "arrays",
+    "cores",
     "number_text",
     CONTRACTS,
     "job",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tokabatch.engine.cores import usable_cores
+from tokabatch.cores import usable_cores
 
 V1 = (("quota", "400000"), ("period", "100000"))
 

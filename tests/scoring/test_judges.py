@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -528,3 +529,16 @@ def test_a_default_timeout_for_sockets_leaves_judges_their_time(tmp_path: Path) 
     finally:
         socket.setdefaulttimeout(None)
     assert [answer.correct for answer in answers] == [True, False]
+
+
+def test_a_limit_that_the_process_has_already_is_kept_where_it_is_lower() -> None:
+    """As under a queue's limit of address space: raising it would fail, and with it every judge."""
+    program = """
+import resource
+from tokabatch.scoring.limits import limit_resource
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+for most in (16 << 30, 4 << 30):
+    limit_resource(resource.RLIMIT_AS, most)
+    print(resource.getrlimit(resource.RLIMIT_AS)[0] >> 30)
+"""
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).split() == ["8", "4"]

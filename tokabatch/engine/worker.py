@@ -20,7 +20,7 @@ from tokabatch.attention import create_backend
 from tokabatch.attention.base import AttentionBackend, token_slots
 from tokabatch.attention.capturable import Capturable
 from tokabatch.attention.upload import Outbox, to_host
-from tokabatch.engine.cores import usable_cores
+from tokabatch.cores import usable_cores
 from tokabatch.engine.memory import captured_tokens, fitting_pages
 from tokabatch.engine.replica_sizes import ReplicaSizes, kv_shape, settle_pages
 from tokabatch.engine.warm_up import warm_up_steps

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from tokabatch.engine.cores import usable_cores
+from tokabatch.cores import usable_cores
 from tokabatch.forecast.devices import PROCESSOR, Device
 from tokabatch.forecast.roofline import DeviceRates
 

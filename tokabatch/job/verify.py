@@ -61,7 +61,7 @@ class VerifyConfig(Section):
     seconds: fields.Seconds = Field(
         default=10.0, description="Time limit of a verdict; one that takes longer is null, and its process is replaced."
     )
-    memory_bytes: fields.Bytes = Field(default=4 << 30, description="Limit on the address space of a judge process.")
+    memory_bytes: fields.Bytes = Field(default=4 << 30, description="Limit on the address space of a judge process, on Linux.")
     stop: StopConfig | None = None
     allow_code_execution: fields.Flag = Field(
         default=False,

@@ -6,7 +6,6 @@ version without a record: those count as committed if all their pages match thei
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from tokabatch.cores import usable_cores
 from tokabatch.errors import DamageError, ForeignFileError
 from tokabatch.number_text import counted
 from tokabatch.output.folder import OutputFolder
@@ -167,7 +167,7 @@ def _believed(
 
 def _digests(files: Sequence[ListedFile]) -> list[str]:
     """Digest the files in threads: hashing releases the interpreter's lock, and reading waits for the disk."""
-    threads = min(_THREADS, len(os.sched_getaffinity(0)) + 1, max(1, len(files)))
+    threads = min(_THREADS, usable_cores() + 1, max(1, len(files)))
     with ThreadPoolExecutor(threads) as pool:
         try:
             return list(pool.map(lambda file: file.digest() if file.is_file else "", files))

@@ -9,7 +9,6 @@ of the others are recorded before the error is raised.
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections import deque
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from tokabatch.arrays import Int64
+from tokabatch.cores import usable_cores
 from tokabatch.errors import EngineError, TokabatchError
 from tokabatch.job import Job
 from tokabatch.runner.forked import end, fork, how_it_ended
@@ -48,7 +48,7 @@ MAX_TICK_SECONDS = 1.0
 def num_preparers(job: Job, replicas: int) -> int:
     """Return the number of processes for this many replicas: one for each, where there are cores enough. Each has judges of
     its own if the job has any."""
-    count = min(replicas, max(1, len(os.sched_getaffinity(0)) // CORES_EACH))
+    count = min(replicas, max(1, usable_cores() // CORES_EACH))
     return count if job.verify is None else min(count, most_judges(job.verify))
 
 

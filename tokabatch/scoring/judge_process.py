@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from tokabatch.scoring.judge import Judge, JudgeSpec
+from tokabatch.scoring.limits import limit_resource
 
 _LENGTH = struct.Struct("!Q")
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
@@ -80,8 +81,8 @@ def main(descriptor: int) -> None:
     with suppress(EOFError, OSError):
         answers.sendall(packed(None))
         spec: JudgeSpec = connection.recv()
-        resource.setrlimit(resource.RLIMIT_AS, (spec.memory_bytes, spec.memory_bytes))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        limit_resource(resource.RLIMIT_AS, spec.memory_bytes)
+        limit_resource(resource.RLIMIT_CORE, 0)
         try:
             judge = Judge(spec)
         except ValueError as error:

@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from tokabatch.cores import usable_cores
 from tokabatch.errors import EngineError, JobError
 from tokabatch.job import VerifyConfig, verifier_names
 from tokabatch.scheduling.contracts import NOT_JUDGED
@@ -389,7 +390,7 @@ def judge_spec(verify: VerifyConfig) -> JudgeSpec:
 
 def most_judges(verify: VerifyConfig) -> int:
     """Return the most judge processes of a job."""
-    return max(1, len(os.sched_getaffinity(0)) // 2) if verify.processes == "auto" else verify.processes
+    return max(1, usable_cores() // 2) if verify.processes == "auto" else verify.processes
 
 
 def open_pool(verify: VerifyConfig, at_once: int = 1, most: int | None = None) -> JudgePool:

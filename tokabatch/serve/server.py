@@ -76,8 +76,10 @@ def serve(config: ServiceConfig, tell: Callable[[str], None]) -> int:
         hang_seconds=job.engine.hang_seconds,
     )
     # Each connection is a file, and the soft limit is often 1,024.
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):
+        # macOS calls its limit infinite and accepts no more than OPEN_MAX.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if sys.platform == "linux" else 10_240, hard))
     listener = _listen(config.server.host, config.server.port)
     files = _open_files(config, tell)
     return _run(_serve(config, model, [spec] * model.layout.replicas, prompts, context, files, listener, tell))

@@ -27,6 +27,8 @@ from typing import Any
 
 import psutil
 
+from tokabatch.scoring.limits import limit_resource
+
 COLUMNS = {"outcome": str}
 _BLOCK = re.compile(r"```(?:python|py|Python)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _FILE_BYTES = 16 << 20
@@ -91,7 +93,7 @@ def _limit(seconds: float, memory_mb: int) -> None:
         (resource.RLIMIT_FSIZE, _FILE_BYTES),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(kind, (limit, limit))
+        limit_resource(kind, limit)
 
 
 def _kill_children() -> None:

@@ -12,8 +12,8 @@ _GROUPS, _OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def usable_cores(groups: Path = _GROUPS, of_process: Path = _OF_PROCESS) -> int:
     """Return the number of cores, rounded up. Linux's control groups, version 2 and 1, limit processor time, which torch
-    does not read: it uses as many threads as there are cores."""
-    cores = len(os.sched_getaffinity(0))
+    does not read: it uses as many threads as there are cores. Other systems have neither those nor an affinity to read."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError):
         for line in of_process.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
