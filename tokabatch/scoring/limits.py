@@ -7,10 +7,7 @@ from contextlib import suppress
 
 
 def limit_resource(kind: int, most: int) -> None:
-    """Limit a resource of this process (`resource.RLIMIT_...`) to `most`, or to what it is limited to already, if that is less:
-    queues of clusters limit address space, for example. Without effect on a system that refuses a limit of this kind, as macOS
-    does for address space."""
-    hard = resource.getrlimit(kind)[1]
-    limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    """Limit a resource of this process (`resource.RLIMIT_...`) to `most`. Without effect where it is limited to less already,
+    as queues of clusters limit address space, and on a system that refuses a limit of this kind, as macOS does for that."""
     with suppress(ValueError, OSError):
-        resource.setrlimit(kind, (limit, limit))
+        resource.setrlimit(kind, (most, most))
