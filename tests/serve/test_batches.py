@@ -70,7 +70,10 @@ def test_a_batch_survives_the_end_of_its_server(tmp_path: Path) -> None:
     folder, kept = tiny_models.add_tokenizer(tiny_models.build("llama", tmp_path / "model")), tmp_path / "files"
     # Messages name files from the working folder on.
     settings = ("server.files=files", "server.flush_seconds=0.1", "generation.seed=1", "server.max_file=64K")
-    asked = [line(number, n=1 + number % 2, prompt=[f"number {number}"] * (1 + number % 3)) for number in range(40)]
+    asked = [
+        line(number, n=1 + number % 2, prompt=[f"number {number}"] * (1 + number % 3), max_tokens=64 + 5 * number)
+        for number in range(40)
+    ]
     asked[7]["body"]["suffix"] = "no"
     with ThreadPoolExecutor() as pool:
         starting = pool.submit(Server, folder, *settings, cwd=tmp_path)
