@@ -131,12 +131,11 @@ def test_floats_of_32_bits_are_ids_with_a_note_where_they_may_be_rounded(tmp_pat
     )
 
 
-def test_an_index_that_pandas_gave_no_name_is_no_column_of_the_output(tmp_path: Path, ingest_job: Ingest) -> None:
+def test_an_index_that_pandas_gave_no_name_is_a_column_like_any_other(tmp_path: Path, ingest_job: Ingest) -> None:
     frame = pandas.DataFrame({"prompt": ["a", "b", "c", "d"], "n": [1, 2, 3, 4]})
     frame[frame.n != 2].to_parquet(tmp_path / "rows.parquet")
-    for columns, names in (("all", ["prompt", "n"]), (["__index_level_0__"], ["__index_level_0__"])):
-        assert ingest_job(tmp_path / "rows.parquet", output={"path": "out", "columns": columns}).column_schema.names == names
     store = ingest_job(tmp_path / "rows.parquet", input={"id_column": "__index_level_0__"})
+    assert store.column_schema.names == ["prompt", "n", "__index_level_0__"]
     assert store.ids(np.arange(3)).to_pylist() == ["0", "2", "3"]
 
 

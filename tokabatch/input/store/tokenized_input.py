@@ -6,7 +6,6 @@ caller owns and removes. Independent of the schedule and of the output format.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from tokabatch.input.tokenizer.tokenizer import Tokenizer
 
 _TOKENS, _START, _LENGTH, _PARAMS = "tokens.bin", "start.bin", "length.bin", "params.bin"
-_PANDAS_INDEX = re.compile(r"__index_level_[0-9]+__")
-"""What pandas calls an index without a name, where it writes it as a column."""
 _COLUMNS, _IDS = "columns", "ids.bin"
 _SETTINGS = tuple(field.name for field in fields(SamplingParams))
 _GIVEN = ("continuation_first.bin", "continuation_start.bin", "continuation_tokens.bin")
@@ -306,11 +303,7 @@ class _Spools:
         columns = self._columns.finish()
         carried = job.output.columns
         # Only those in `output.columns`; the others are kept for a judge.
-        names = [
-            name
-            for name in columns.schema.names
-            if (name in carried if carried != "all" else not _PANDAS_INDEX.fullmatch(name))
-        ]
+        names = [name for name in columns.schema.names if carried == "all" or name in carried]
         return InputStore(
             num_rows=self.num_rows,
             tokens=self._tokens.finish(),
