@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,14 +25,14 @@ from tokabatch.input.prompts.chat_template import (
     is_jinja,
     refuse_missing_chat_template,
 )
-from tokabatch.input.prompts.columns import FIRST_ROWS, PromptColumns, check_columns, check_first_rows
+from tokabatch.input.prompts.columns import PromptColumns, check_columns, check_first_rows
 from tokabatch.input.prompts.few_shot import render_few_shot
 from tokabatch.input.prompts.row_settings import refuse_beyond, refuse_beyond_context
 from tokabatch.input.prompts.sources import SAMPLING_PARAMS
 from tokabatch.input.readers import is_of_files, list_local_files
 from tokabatch.input.rows import NO_PLACES, Row, RowPlaces, no_judged_row, no_rows
 from tokabatch.input.tokenizer.files import TOKENIZER_JSON, has_no_chat_template, tokenizer_folder
-from tokabatch.job import FP8_NEEDS, EngineConfig, Job, ModelConfig, fp8_key, verifier_path
+from tokabatch.job import FP8_NEEDS, EngineConfig, Job, ModelConfig, fp8_key, verifier_names, verifier_path
 from tokabatch.job.engine_limits import least_pages, refuse_limits, refuse_small_cache
 from tokabatch.model.checkpoint import read_checkpoint
 from tokabatch.model.families import read_spec
@@ -44,7 +45,8 @@ from tokabatch.output.probe import check_output
 from tokabatch.output.same_job import find_run
 from tokabatch.output.schema import verdict_fields
 from tokabatch.scoring.early_stopping import refuse_majority
-from tokabatch.scoring.pool import open_pool
+from tokabatch.scoring.judge_process import Request
+from tokabatch.scoring.pool import JudgeLost, JudgeProcess, judge_spec
 
 _DEVICE_FILES = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
 """In /dev, wherever there is a GPU: by drivers of NVIDIA's, on its small boards, on Windows (WSL), by AMD's."""
@@ -122,10 +124,15 @@ def refuse_early(
         verifier = verifier_path(job.verify.kind)
         if not verifier.is_file():
             raise JobError(f"verify.kind: there is no file {verifier} in {Path.cwd()}; check the path")
-        # In a process of its own, which is there in a fraction of the time that torch takes.
-        columns = open_pool(job.verify).load().columns
-        verdict_fields(columns)
-        refuse_majority(job.verify, columns)
+    # In a process of its own, which is there in a fraction of the time that torch takes.
+    with nullcontext() if job.verify is None else closing(JudgeProcess(judge_spec(job.verify))) as judge:
+        if job.verify is not None and judge is not None:
+            verdict_fields(judge.loaded.columns)
+            refuse_majority(job.verify, judge.loaded.columns)
+        _refuse_model_and_rows(job, judge, shared=shared, overwrite=overwrite, retry_errors=retry_errors)
+
+
+def _refuse_model_and_rows(job: Job, judge: JudgeProcess | None, *, shared: bool, overwrite: bool, retry_errors: bool) -> None:
     spec, folder, tokenizer = refuse_model(job.model)
     refuse_beyond_context(job.generation, spec.context_length)
     refuse_limits(job.engine, spec.context_length)
@@ -167,7 +174,7 @@ def refuse_early(
         earlier.compare(describe(job, generation, marks, dtype=dtype))
         earlier = None if earlier.worthless else earlier
     if earlier is None:
-        _refuse_unjudged(job, first)
+        _refuse_unjudged(job, first, judge)
     if earlier is not None and job.input.limit is not None and job.input.format != "openai":
         earlier.compare_limit(job.input.limit)
     if earlier is not None and first.names and SAMPLING_PARAMS not in first.names:
@@ -208,13 +215,18 @@ def _check_columns(job: Job, columns: PromptColumns) -> _FirstRows:
     return _FirstRows(names, all_names=whole, rows=rows, all_rows=whole, places=RowPlaces(batches[0].begins))
 
 
-def _refuse_unjudged(job: Job, first: _FirstRows) -> None:
-    """Raise JobError if none of the first rows can be judged: of all rows, or of as many as for a missing column."""
-    read = [row.columns for row in first.rows if row.columns is not None and row.error is None]
-    if job.verify is None or not read or not (first.all_rows or len(first.rows) >= FIRST_ROWS):
+def _refuse_unjudged(job: Job, first: _FirstRows, judge: JudgeProcess | None) -> None:
+    """Raise JobError if a verifier of the package can judge none of the rows and all were read. Judges of one's own see the
+    rows as the output has them, where the job is prepared."""
+    read = [row for row in first.rows if row.columns is not None and row.error is None]
+    if job.verify is None or judge is None or job.verify.kind not in verifier_names() or not read or not first.all_rows:
         return
-    pool = open_pool(job.verify)
-    (fault,) = pool.check(read[:1])
-    if isinstance(fault, str) and all(isinstance(each, str) for each in pool.check(read[1:])):
-        index = next(row.index for row in first.rows if row.columns is read[0])
-        raise no_judged_row(first.places.name(index), fault, None if first.all_rows else len(first.rows))
+    faults: list[str] = []
+    with suppress(JudgeLost):
+        # Most often the first one can be judged: it is sent alone.
+        for rows in (read[:1], read[1:]):
+            for answers in judge.ask(Request([row.columns or {} for row in rows]), job.verify.seconds):
+                faults += [each for each in answers if each is not None]
+                if None in answers:
+                    return
+        raise no_judged_row(first.places.name(read[0].index), faults[0])

@@ -82,8 +82,7 @@ FILES = {
     "output: o\ngeneration: hot\nverify: gsm8k\n",
     "place.yaml": "model: {path: m}\ninput: {path: x, template: t}\noutput: {dir: o}\n"
     "generation: {verify: {kind: exact}}\nprompt: {messages: [{role: user, content: x}]}\n",
-    "listed.jsonl": '{"question": "a", "answer": ["1"], "why": {"a": 1}}\n',
-    "many.jsonl": '{"question": "a", "answer": "none"}\n' * 1100,
+    "unjudged.jsonl": '{"question": "a", "answer": ["none"], "why": {"a": 1}}\n',
     "weights/config.json": "{}",
     "weights/tokenizer.json": "{}",
     "repository/.git/HEAD": "",
@@ -397,16 +396,12 @@ MISTAKES = [
     ),
     (("run", Q, "output.path=project", "--overwrite"), r"holds a Python project \(pyproject\.toml\), .*; name a folder that"),
     (
-        ("run", Q, "input.path=listed.jsonl"),
-        r"row 0 \(.*line 1\) because its column 'answer' is a list, and an answer is text or a number; correct verify or",
+        ("run", Q, "input.path=unjudged.jsonl"),
+        r"no row can be judged, row 0 \(.*line 1\) because the reference answer .* holds no number; correct verify or",
     ),
     (
-        ("run", Q, "input.path=listed.jsonl", "verify={kind: exact, answer: why}"),
-        "its column 'why' is an object, and an answer is text, a number or a list of them",
-    ),
-    (
-        ("run", Q, "input.path=many.jsonl"),
-        r"none of the first 1,024 rows can be judged, .*If later rows can be judged, put",
+        ("run", Q, "input.path=unjudged.jsonl", "verify={kind: exact, answer: why}"),
+        "because the reference answer is an object or binary data, not text, a number or a list of them; correct",
     ),
     (("run", Q, "trace.path=nothing"), "trace.path 'nothing' is a folder; name a file in a folder that exists"),
     (("run", Q, "trace.path=none/trace.json"), "trace.path 'none/trace.json' is in a folder that does not exist; name"),

@@ -283,6 +283,21 @@ def test_a_wrong_column_is_named_before_what_differs_from_the_run_in_the_folder(
         refuse_early(job(model, rows, tmp_path / "out", prompt={"template": "{{ qestion }}"}))
 
 
+def test_rows_that_cannot_be_judged_are_refused_early_only_if_all_are_read(model, tmp_path):
+    unjudged, judged = {"question": "1 + 1", "answer": "two"}, {"question": "1 + 1", "answer": ["2"]}
+    own = tmp_path / "judge.py"
+    own.write_text("def check(row): row['later']\ndef verify(text, row): return True\n")
+    for rows, verify in (
+        ([unjudged] * 1100 + [judged], {"kind": "gsm8k"}),
+        ([unjudged, judged], {"kind": "gsm8k"}),
+        # Where the job is prepared, rows have the columns of later ones.
+        ([unjudged], {"kind": str(own)}),
+    ):
+        refuse_early(job(model, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out", verify=verify))
+    with pytest.raises(JobError, match=r"no row can be judged, row 0 .* because the reference answer 'two' holds no number"):
+        refuse_early(job(model, write_rows(tmp_path / "rows.jsonl", [unjudged] * 3), tmp_path / "out"))
+
+
 def test_an_empty_table_is_refused_early(model, tmp_path):
     pq.write_table(pa.table({"question": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     with pytest.raises(InputError, match="holds no rows"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
+from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
 from types import ModuleType
@@ -45,6 +46,18 @@ def test_every_verifier_keeps_the_contract(kind: str) -> None:
     (verdict,) = judge.verdicts(["text"], [{"reference": None}])
     assert (verdict.correct, verdict.score) == (None, None) and "reference answer" in str(verdict.error)
     assert judge.check({"reference": None}) == verdict.error and judge.check({"reference": REFERENCES[kind]}) is None
+
+
+@pytest.mark.parametrize("kind", WITH_REFERENCES)
+@pytest.mark.parametrize("reference", [["7"], ["none"], {"a": "7"}, b"7", timedelta(seconds=7)], ids=str)
+def test_a_row_is_refused_if_its_texts_cannot_be_judged_and_only_then(kind: str, reference: Any) -> None:
+    judge = loaded(kind)
+    (verdict,) = judge.verdicts(["7"], [{"reference": reference}])
+    assert judge.check({"reference": reference}) == verdict.error
+    if (kind, reference) in (("gsm8k", ["7"]), ("exact", ["7"])):
+        assert verdict.correct
+    if kind == "exact" and isinstance(reference, (dict, bytes)):
+        assert "is an object or binary data" in str(verdict.error)
 
 
 @pytest.mark.parametrize("kind", WITH_REFERENCES)

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from tokabatch.errors import InputError, JobError, RowError
-from tokabatch.number_text import first_counted
 
 MAX_BATCH_ROWS = 1024
 MAX_BATCH_BYTES = 16 << 20
@@ -90,14 +89,9 @@ def no_rows(name: str) -> InputError:
     return InputError(f"input.path {name!r} holds no rows; check the file")
 
 
-def no_judged_row(place: str, fault: str, first: int | None = None) -> JobError:
-    """Return the error of an input of which no row can be judged, the one at `place` because of `fault`; of its `first` rows if
-    only these are known."""
-    which = "no row" if first is None else f"none of the {first_counted(first, 'row')}"
-    later = "" if first is None else ". If later rows can be judged, put one of them first"
-    return JobError(
-        f"verify: {which} can be judged, {place} because {fault}; correct verify or the rows, or leave verify out{later}"
-    )
+def no_judged_row(place: str, fault: str) -> JobError:
+    """Return the error of an input of which no row can be judged, the one at `place` because of `fault`."""
+    return JobError(f"verify: no row can be judged, {place} because {fault}; correct verify or the rows, or leave verify out")
 
 
 class Reader(Protocol):

@@ -8,8 +8,8 @@ A verdict is True or False, a number (the score), None (there is no telling), or
 further keys the file declares: `COLUMNS = {"extracted": str}`, each of them str, int, float or bool. The file may have
 `check_options(**options)`, which raises ValueError for options that are wrong for any row and refuses the job, and
 `check(row, **options)`, which raises ValueError where a row cannot be judged, whatever the text: it is called for all rows
-before anything is computed. Both get those of the options that they name, or all with `**options`. A judge that raises costs
-the verdict of that sample alone.
+before anything is computed, at each start. Both get those of the options that they name, or all with `**options`. A judge that
+raises costs the verdict of that sample alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb, walk_tb
@@ -40,7 +39,6 @@ COLUMN_TYPES: Mapping[type, str] = {str: "string", int: "int64", float: "float64
 
 
 _VERIFIERS = Path(__file__).with_name("verifiers")
-_OWN_MODULES = "tokabatch.scoring.verifiers."
 _TEXTS = frozenset({"text", "texts", "completion", "completions", "response", "responses", "prediction", "predictions"})
 _ROWS = frozenset({"row", "rows"})
 _REFERENCES = frozenset({"reference", "answer", "expected", "gold", "ground_truth"})
@@ -180,8 +178,6 @@ class Judge:
 
     def check(self, row: Mapping[str, Any]) -> str | None:
         """Return why no text of this row can be judged; None if it can, or if the judge does not say."""
-        if self._spec.source.startswith(_OWN_MODULES) and (fault := _no_answer(self._spec, row)):
-            return fault
         if self._check is None:
             return None
         try:
@@ -247,16 +243,6 @@ class Judge:
         where = f" in line {lines[-1]}" if lines else ""
         said = f"{type(error).__name__}: {words}" if words else type(error).__name__
         return said[: MAX_REASON - len(where)] + where
-
-
-def _no_answer(spec: JudgeSpec, row: Mapping[str, Any]) -> str | None:
-    """Return why the value of `verify.answer` is nothing that a verifier of the package compares with, whatever it holds."""
-    value = row.get(spec.answer) if spec.answer is not None else None
-    kinds: dict[type, str] = {dict: "an object", bytes: "binary data", timedelta: "a span of time"}
-    kinds |= {} if spec.kind == "exact" else {list: "a list"}
-    kind = next((name for each, name in kinds.items() if isinstance(value, each)), None)
-    takes = "text, a number or a list of them" if spec.kind == "exact" else "text or a number"
-    return kind and f"its column {spec.answer!r} is {kind}, and an answer is {takes}"
 
 
 def _function(module: ModuleType, name: str) -> Callable[..., Any] | None:

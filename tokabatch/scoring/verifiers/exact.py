@@ -22,7 +22,8 @@ _NORMALIZE = {
 
 
 def verify(text: str, row: Mapping[str, Any], *, answer: str, normalize: str = "strip") -> dict[str, Any]:
-    """Return whether `text` equals a reference, a string or the `str` of a value. Raises ValueError for a null reference."""
+    """Return whether `text` equals a reference, a string or the `str` of a value. Raises ValueError for a null reference,
+    an object, and binary data."""
     wanted = _expected(row, answer, normalize)
     extracted = _NORMALIZE[normalize](text)
     return {"score": extracted in wanted, "extracted": extracted}
@@ -35,7 +36,7 @@ def check_options(*, normalize: str = "strip") -> None:
 
 
 def check(row: Mapping[str, Any], *, answer: str, normalize: str = "strip") -> None:
-    """Raise ValueError if the reference is null."""
+    """Raise ValueError if the reference is null, an object or binary data."""
     _expected(row, answer, normalize)
 
 
@@ -49,4 +50,6 @@ def _expected(row: Mapping[str, Any], answer: str, normalize: str) -> list[str]:
     references = reference if isinstance(reference, list) else [reference]
     if not references or None in references:
         raise ValueError("the reference answer is null")
+    if any(isinstance(each, (dict, bytes)) for each in references):
+        raise ValueError("the reference answer is an object or binary data, not text, a number or a list of them")
     return [_NORMALIZE[normalize](str(each)) for each in references]
