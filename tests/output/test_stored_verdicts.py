@@ -44,6 +44,7 @@ def test_every_sample_is_a_few_numbers(tmp_path: Path) -> None:
     assert found is not None
     assert found["row"].tolist() == [0, 1, 1, 2, 0]
     assert found["correct"].tolist() == [True, False, False, False, True]
+    assert found["verdict"].tolist() == [True, True, False, False, True]
     assert found["score"].tolist() == [0.75, 0.25, 0.0, 0.0, 1.0]
     assert found["logprob"].tolist() == [-1.5, -2.0, -3.0, -np.inf, -0.5]
     answer = found["answer"].tolist()

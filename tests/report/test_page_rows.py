@@ -19,7 +19,7 @@ from tokabatch.scoring.row_counts import RowCounts
 HARD = HardRow(3, "gsm-4", 0, 4, "<13>", 2, "12")
 OF_ROWS = replace(
     RUN,
-    row_counts=RowCounts(*(np.array(each) for each in ([0, 3, 5], [4, 4, 4], [4, 0, 1], [4, 4, 4]))),
+    row_counts=RowCounts(*(np.array(each) for each in ([0, 3, 5], [4, 4, 4], [4, 0, 1], [4, 4, 4], [4, 4, 4]))),
     hardest=[HARD, *(replace(HARD, row_index=10 + row, answer=None, answered=0) for row in range(11))],
     prompts={3: RebuiltPrompt("the whole prompt", "Two <and> two?")},
 )
@@ -35,17 +35,27 @@ def test_rows_are_counted_by_their_right_samples_and_the_hardest_are_named() -> 
         assert f"<td data-name='{cell}" in page
     assert "<td data-name='prompt'>Two &lt;and&gt; two?" in page and page.count("answer'>none found") == 11
     assert page.index("0 of 4") < page.index("<summary>2 more rows</summary>") and page.count("<table class=rows>") == 2
-    failed = replace(OF_ROWS.row_counts, ok=np.array([4, 0, 4]))
-    assert "1 without a right sample (1 error row among them), 1 with" in render_page(replace(OF_ROWS, row_counts=failed))
-    of_stopped = render_page(replace(OF_ROWS, cancelled=1))
-    assert "right; rows that were stopped have fewer samples</small>" in of_stopped
+    for ok, causes in (([4, 0, 4], "1 error row"), ([4, 1, 4], "1 row without a verdict")):
+        failed = replace(OF_ROWS.row_counts, ok=np.array(ok), judged=np.array([4, 0, 4]))
+        assert f"1 without a right sample ({causes} among them), 1 with" in render_page(replace(OF_ROWS, row_counts=failed))
+
+
+def test_of_stopped_rows_there_is_no_mean_share_which_is_biased() -> None:
+    page = render_page(replace(OF_ROWS, cancelled=1))
+    assert "1 without a right sample; rows that were stopped have fewer samples</small>" in page
+    assert ">mean 41.7%<" in render_page(OF_ROWS) and ">mean 41.7%<" not in page
+
+
+def test_a_long_id_is_cut() -> None:
+    page = render_page(replace(OF_ROWS, hardest=[replace(HARD, id="x" * 41)]))
+    assert f"row (id)'>3 ({'x' * 40} […])" in page
 
 
 def test_columns_without_a_value_and_rows_of_one_sample_are_left_out() -> None:
     plain = replace(HARD, id=None, answer=None, answered=0, expected="")
     page = render_page(replace(OF_ROWS, hardest=[plain], prompts={}))
     assert "<tr><th>row<th>right<tr><td data-name='row'>3<td data-name='right'>0 of 4</table>" in page
-    one = RowCounts(*(np.array(each) for each in ([0, 1], [1, 1], [1, 0], [1, 1])))
+    one = RowCounts(*(np.array(each) for each in ([0, 1], [1, 1], [1, 0], [1, 1], [1, 1])))
     for page in (render_page(replace(OF_ROWS, row_counts=one)), render_page(RUN)):
         assert "Right samples by row" not in page and "Hardest rows" not in page
 

@@ -26,10 +26,10 @@ def read_verdicts(
 ) -> Mapping[str, npt.NDArray[Any]] | None:
     """Return arrays of one length, an entry for each sample in the shards: `row`, `number`, `correct`, `score` (0 without a
     verdict), `answer` (a number for each distinct answer, -1 for none), `logprob` (NaN if it was not recorded, else minus
-    infinity for error rows), `ok`, `cancelled`, `unjudged` (still to be judged by the judge of `manifest`), and with
-    `characters` the length of its text, stripped of white space. None if the samples are not judged. Raises as `read_groups`
-    does."""
-    names_of_parts = ("row", "number", "correct", "score", "logprob", "status", "unjudged", "answer")
+    infinity for error rows), `ok`, `cancelled`, `verdict` (whether it has one), `unjudged` (still to be judged by the judge of
+    `manifest`), and with `characters` the length of its text, stripped of white space. None if the samples are not judged.
+    Raises as `read_groups` does."""
+    names_of_parts = ("row", "number", "correct", "score", "logprob", "status", "verdict", "unjudged", "answer")
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names_of_parts}
     numbers: dict[bytes, int] = {}
     lengths: list[npt.NDArray[np.int64]] = []
@@ -42,6 +42,8 @@ def read_verdicts(
             parts["row"].append(table["row_index"].to_numpy())
             parts["number"].append(table["sample_index"].to_numpy().astype(np.int64))
             parts["correct"].append(correct)
+            known = table["correct"].is_valid().to_numpy() if "correct" in names else np.zeros(table.num_rows, np.bool_)
+            parts["verdict"].append(known)
             score = _or(table, "verify_score", names, 0.0, pa.float64())
             parts["score"].append(score if "verify_score" in names else correct.astype(np.float64))
             parts["logprob"].append(table["cumulative_logprob"].cast(pa.float64()).fill_null(np.nan).to_numpy())

@@ -9,8 +9,8 @@ from tokabatch.number_text import counted
 from tokabatch.report import plots
 from tokabatch.report.run_record import HardRow, RunRecord
 
-_SHOWN, _ANSWER, _PROMPT = 10, 80, 200
-"""The rows that are not folded, and the most characters of an answer and of a prompt."""
+_SHOWN, _ID, _ANSWER, _PROMPT = 10, 40, 80, 200
+"""The rows that are not folded, and the most characters of an id, of an answer and of a prompt."""
 
 
 def row_figures(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -19,11 +19,15 @@ def row_figures(run: RunRecord) -> list[tuple[str, str, str]]:
     if counts is None or len(counts.row) < 2 or counts.samples.max() < 2:
         return []
     never, always = int((counts.right == 0).sum()), int((counts.right == counts.samples).sum())
-    failed = int((counts.ok == 0).sum())
-    errors = f" ({counted(failed, 'error row')} among them)" if failed else ""
-    note = f"of {counted(len(counts.row), 'row')}, {never:,} without a right sample{errors}, {always:,} with all of them right"
-    note += "; rows that were stopped have fewer samples" if run.cancelled else ""
-    drawn = plots.histogram_of_shares(counts.right, counts.samples, "right samples of a row", "rows")
+    failed, unjudged = int((counts.ok == 0).sum()), int(((counts.ok > 0) & (counts.judged == 0)).sum())
+    causes = [counted(failed, "error row")] if failed else []
+    causes += [f"{counted(unjudged, 'row')} without a verdict"] if unjudged else []
+    among = f" ({' and '.join(causes)} among them)" if causes else ""
+    note = f"of {counted(len(counts.row), 'row')}, {never:,} without a right sample{among}"
+    # Which samples a stopped row has depends on their verdicts: its share is biased.
+    stopped = bool(run.cancelled)
+    note += "; rows that were stopped have fewer samples" if stopped else f", {always:,} with all of them right"
+    drawn = plots.histogram_of_shares(counts.right, counts.samples, "right samples of a row", "rows", mean=not stopped)
     return [("Right samples by row", note, drawn)]
 
 
@@ -50,7 +54,7 @@ def _table(rows: Sequence[HardRow], run: RunRecord) -> str:
     names += ["prompt"] if prompts else []
     lines: list[str] = []
     for each in rows:
-        cells = [f"{each.row_index:,}" + (f" ({each.id})" if each.id is not None else "")]
+        cells = [f"{each.row_index:,}" + (f" ({_cut(each.id, _ID)})" if each.id is not None else "")]
         cells += [f"{each.right:,} of {each.samples:,}"]
         cells += [_answer(each)] if answers else []
         cells += [_cut(each.expected)] if expected else []

@@ -99,9 +99,9 @@ def histogram(values: npt.NDArray[np.int32] | Float64, unit: str, counted: str) 
     return _close(figure)
 
 
-def histogram_of_shares(parts: Int64, wholes: Int64, unit: str, counted: str) -> str:
-    """Draw how many pairs of a part and its whole there are of each share: a bar for each part where all wholes are the same
-    small number, else for each twentieth, of which the last includes the whole."""
+def histogram_of_shares(parts: Int64, wholes: Int64, unit: str, counted: str, *, mean: bool = True) -> str:
+    """Draw how many pairs of a part and its whole there are of each share, and with `mean` the mean share: a bar for each part
+    where all wholes are the same small number, else for each twentieth, of which the last includes the whole."""
     figure, axes = _open()
     whole = int(wholes.max())
     if wholes.min() == whole <= _BARS:
@@ -113,13 +113,14 @@ def histogram_of_shares(parts: Int64, wholes: Int64, unit: str, counted: str) ->
         centers, width = (np.arange(_BARS) + 0.5) / _BARS, 1 / _BARS
         axes.set_xlim(-0.02, 1.02)
     axes.bar(centers, heights, width=0.92 * width, color=INK, alpha=0.8)
-    mean = float((parts / wholes).mean())
-    axes.axvline(mean, color=SECOND, linewidth=1.2, label=f"mean {mean:.1%}")
+    if mean:
+        share = float((parts / wholes).mean())
+        axes.axvline(share, color=SECOND, linewidth=1.2, label=f"mean {share:.1%}")
+        _legend(axes)
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     axes.set_xlabel(unit)
     axes.set_ylabel(counted)
     _count(axes.yaxis)
-    _legend(axes)
     return _close(figure)
 
 

@@ -45,7 +45,7 @@ def read_findings(folder: OutputFolder, hardest: int) -> Findings:
         if found is None:
             return Findings(None)
         arrays = dict(cast("Mapping[str, Any]", found))
-        ok = arrays.pop("ok")
+        ok, verdict = arrays.pop("ok"), arrays.pop("verdict")
         if arrays.pop("unjudged").any() or (manifest is not None and manifest.samples > len(arrays["row"])):
             return Findings(())
         if scored:
@@ -54,7 +54,7 @@ def read_findings(folder: OutputFolder, hardest: int) -> Findings:
         estimates = estimate_all(judged, _rule(manifest))
         if not hardest:
             return Findings(estimates)
-        counts = count_rows(judged, ok)
+        counts = count_rows(judged, ok, verdict)
         places = counts.hardest(hardest)
         answers = most_frequent_answers(judged, ok, counts.row[places])
         samples = read_samples(shards, [sample for sample, _ in answers], manifest and manifest.id_column)

@@ -13,27 +13,29 @@ from tokabatch.scoring.estimates import Judged
 @dataclass(frozen=True, slots=True)
 class RowCounts:
     """Of each row with samples, in the order of the input, arrays of shape [R]: its number, how many samples it has, those
-    that ended in an error included, how many of them are right, and how many are ok."""
+    that ended in an error included, how many of them are right, how many are ok, and how many have a verdict."""
 
     row: Int64
     samples: Int64
     right: Int64
     ok: Int64
+    judged: Int64
 
     def hardest(self, count: int) -> Int64:
         """Return the places of the `count` rows with the smallest share of right samples, those first, without rows that are
-        all right, or of which no sample is ok."""
-        places = np.flatnonzero((self.right < self.samples) & (self.ok > 0))
+        all right, or of which no sample has a verdict."""
+        places = np.flatnonzero((self.right < self.samples) & (self.judged > 0))
         return places[np.argsort(self.right[places] / self.samples[places], kind="stable")][:count]
 
 
-def count_rows(judged: Judged, ok: Bool) -> RowCounts:
-    """Return the counts of all rows. Samples that were cancelled, since their row had stopped, do not count."""
+def count_rows(judged: Judged, ok: Bool, verdict: Bool) -> RowCounts:
+    """Return the counts of all rows; `verdict` is which samples have one. Samples that were cancelled, since their row had
+    stopped, do not count."""
     numbers = judged.row[~judged.cancelled]
     samples = np.bincount(numbers)
-    right, good = (np.bincount(judged.row[each], minlength=len(samples)) for each in (judged.correct & ~judged.cancelled, ok))
+    kinds = (judged.correct & ~judged.cancelled, ok, verdict)
     row = np.flatnonzero(samples)
-    return RowCounts(row, samples[row], right[row], good[row])
+    return RowCounts(row, samples[row], *(np.bincount(judged.row[each], minlength=len(samples))[row] for each in kinds))
 
 
 def most_frequent_answers(judged: Judged, ok: Bool, rows: Int64) -> list[tuple[int, int]]:
