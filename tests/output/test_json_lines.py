@@ -107,7 +107,7 @@ def test_durations_are_written_in_iso_8601() -> None:
         write_json_lines(table, file)
         lines = [json.loads(line) for line in file.getvalue().splitlines()]
         assert lines == [{"x": text, "y": {"span": text, "name": "x"}} for text in texts[unit]]
-        assert flatten(table)["x"].to_pylist() == texts[unit] == [text for text in texts[unit]]
+        assert flatten(table)["x"].to_pylist() == texts[unit]
         assert flatten(table).schema == flatten(table.schema.empty_table()).schema
         pandas_reads = [None if text is None else pd.Timedelta(text) for text in texts[unit]]
         assert pandas_reads == [None if each is None else pd.Timedelta(each, unit) for each in counts]

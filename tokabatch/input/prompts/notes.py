@@ -80,8 +80,7 @@ def _describe_settings(columns: Collection[str], read: Collection[str]) -> Itera
     if names:
         yield (
             f"warning: not settings of their rows, and not used: {', '.join(names)}. A row's settings are a mapping in the "
-            "column "
-            f'sampling_params: {{"{names[0]}": ...}}'
+            f'column sampling_params: {{"{names[0]}": ...}}'
         )
 
 
@@ -94,9 +93,9 @@ def _describe_templates(config: PromptConfig, rows: int, columns: Collection[str
             continue
         if _WRITTEN_NEWLINE.search(_TAGS.sub("", source)):
             yield (
-                f"warning: prompt.{key} holds a backslash and 'n', as YAML's single quotes and the command line keep them; if "
-                "a newline "
-                f'is meant, put the template in double quotes: "...\\n..." (on a command line, \'prompt.{key}="...\\n..."\')'
+                f"warning: prompt.{key} holds a backslash and 'n', as YAML's single quotes and the command line keep them; "
+                'if a newline is meant, put the template in double quotes: "...\\n..." (on a command line, '
+                f"'prompt.{key}=\"...\\n...\"')"
             )
         if cut := _CUT_COMMAND.search(source):
             letter, sign, _ = _CUT_COMMANDS[cut[0][0]]
@@ -140,8 +139,7 @@ def describe_answer(job: Job) -> tuple[str, ...]:
         return ()
     return (
         f"warning: {shows[0]} uses the column {answer!r}, the reference answer that samples are judged by (verify.answer): a "
-        "model can "
-        "copy what its prompt shows. Unless that is the task, leave it out of the prompt, or correct verify.answer",
+        "model can copy what its prompt shows. Unless that is the task, leave it out of the prompt, or correct verify.answer",
     )
 
 
@@ -166,8 +164,8 @@ def describe_shots(job: Job) -> tuple[str, ...]:
         return ()
     return (
         f"warning: prompt.few_shot.path {few_shot.path} is input, too: its {first_counted(few_shot.k, 'row')} "
-        "(prompt.few_shot.k) are "
-        "completed behind examples that hold their own answers; keep the examples in a file of their own",
+        "(prompt.few_shot.k) are completed behind examples that hold their own answers; keep the examples in a file of their "
+        "own",
     )
 
 

@@ -131,8 +131,8 @@ class PromptSource:
             return RowError("bad_type", str(error))
 
     def own_part(self, row: Mapping[str, Any]) -> str:
-        """Return what the row itself asks, without examples and the chat template: its text, or the last message of the user;
-        empty for token ids and where there is none."""
+        """Return the row's own part of its prompt, without examples and the chat template: its text, or the last message of the
+        user; empty for token ids and where there is none."""
         if self._config.template is not None:
             text = self._compile(self._config.template, "prompt.template").render(row)
             return "" if isinstance(text, RowError) else text
