@@ -19,9 +19,9 @@ def usable_cores(groups: Path = _GROUPS, of_process: Path = _OF_PROCESS) -> int:
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
-            top = groups / controllers if controllers else groups
+            top = groups / "cpu" if controllers else groups
             place = top / path.lstrip("/")
-            # A container may see its own group as the top one. A group has no more than the groups around it.
+            # In a container, its own group may be the top one. A group has no more than the groups around it.
             for group in {top, place, *(above for above in place.parents if above.is_relative_to(top))}:
                 cores = math.ceil(min(cores, _quota(group)))
     return max(1, cores)

@@ -99,9 +99,13 @@ def refuse_missing_files(job: Job) -> None:
     template = None if job.prompt.token_ids or chat_template_file(job.prompt) else job.prompt.chat_template
     if template is not None and not is_jinja(template) and ("/" in template or Path(template).suffix[1:].isalpha()):
         raise JobError(f"prompt.chat_template: there is no file {template!r} in {Path.cwd()}; check the path")
-    if job.trace is not None and (Path(job.trace.path).is_dir() or not Path(job.trace.path).absolute().parent.is_dir()):
-        fault = "is a folder" if Path(job.trace.path).is_dir() else "is in a folder that does not exist"
-        raise JobError(f"trace.path {job.trace.path!r} {fault}; name a file in a folder that exists, such as trace.json.gz")
+    if job.trace is not None:
+        trace = Path(job.trace.path)
+        # The run creates its own folder.
+        is_placed = trace.absolute().parent.is_dir() or trace.absolute().parent == Path(job.output.path).absolute()
+        if trace.is_dir() or not is_placed:
+            fault = "is a folder" if trace.is_dir() else "is in a folder that does not exist"
+            raise JobError(f"trace.path {job.trace.path!r} {fault}; name a file in a folder that exists, such as trace.json.gz")
     if job.engine.profile is not None and not Path(job.engine.profile).is_file():
         raise JobError(
             f"engine.profile: there is no file {job.engine.profile!r} in {Path.cwd()}; make one from a finished run with "

@@ -519,6 +519,10 @@ assert not {{"torch", "transformers", "tokenizers"}} & sys.modules.keys()
     def test_verdicts_and_a_page_that_replace_a_file(
         self, finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
     ) -> None:
+        for command, suffix in (("score", "parquet"), ("report", "html"), ("export", "csv")):
+            target = tmp_path / f"{'a' * 300}.{suffix}"
+            done = tokabatch(command, finished[0], "--to", target)
+            assert done.returncode == 2 and "cannot be reached: File name too long; name a file elsewhere" in done.stderr
         for command, target in (("score", tmp_path / "v.parquet"), ("report", tmp_path / "page.html")):
             for replaced in (False, True):
                 done = tokabatch(command, finished[0], "--to", target)

@@ -86,6 +86,7 @@ FILES = {
     "weights/config.json": "{}",
     "weights/tokenizer.json": "{}",
     "repository/.git/HEAD": "",
+    "repository/code.c": "",
     "project/pyproject.toml": "",
     "notes/notes.md": "",
     "loop.jinja": "{% for m in %}",

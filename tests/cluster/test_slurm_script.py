@@ -149,9 +149,10 @@ def test_options_are_written_as_sbatch_reads_them(tmp_path, monkeypatch):
     for wrong, remedy in (
         ("partition", "needs a value; write --sbatch partition=VALUE"),
         ("mem=", "needs a value; write --sbatch mem=VALUE"),
-        ("partion=gpu", r"no such option; did you mean --sbatch partition=gpu\?"),
+        ("hold=yes", "takes no value; write --sbatch hold"),
         ("--gpus-per-nod=2", ""),
-        ("requeue=yes", "takes no value; write --sbatch requeue"),
+        ("consolidate-segments", ""),
+        ("requeue=expedite", ""),
         ("gpu=2", "may be gpu-bind, gpu-freq, gpus, gpus-per-node, .*; write one of them in full"),
         ("mail-typ=END", ""),
         ("container-image=a.sqsh", ""),
@@ -163,6 +164,10 @@ def test_options_are_written_as_sbatch_reads_them(tmp_path, monkeypatch):
                 _write("--sbatch", wrong)
         else:
             assert f"#SBATCH --{wrong.removeprefix('--')}\n" in _write("--sbatch", wrong)[0]
+    # A site may have options of its own.
+    text, said = _write("--sbatch", "partion=gpu")
+    assert "#SBATCH --partion=gpu\n" in text and "warning: --sbatch partion=gpu" in said
+    assert "did you mean --sbatch partition=gpu?" in " ".join(said.split())
     for limit, ahead in (("2:00", 30), ("3", 45), ("4:00:00", 120), ("1-12", 120), ("UNLIMITED", 120)):
         assert f"signal=USR1@{ahead}\n" in _write("--time", limit)[0]
 

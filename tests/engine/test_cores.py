@@ -18,7 +18,7 @@ V1 = (("quota", "400000"), ("period", "100000"))
         ("0::/", {"cpu.max": "max 100000"}, 16),
         ("0::/slurm/job", {"slurm/cpu.max": "200000 100000", "slurm/job/cpu.max": "max 100000"}, 2),
         ("0::/outside", {"cpu.max": "50000 100000"}, 1),
-        ("3:cpu,cpuacct:/box\n0::/", {f"cpu,cpuacct/box/cpu.cfs_{name}_us": text for name, text in V1}, 4),
+        ("3:cpuacct,cpu:/box\n0::/", {f"cpu/box/cpu.cfs_{name}_us": text for name, text in V1}, 4),
         ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
         ("2:cpuset:/", {"cpuset/cpu.max": "100000 100000"}, 16),
         ("", {}, 16),

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tokabatch.errors import JobError, RowError
 from tokabatch.job import GenerationConfig, Job, names_elsewhere, verifier_names
 from tokabatch.job.scalars import parse_scalar, write_value
+from tokabatch.precheck import refuse_missing_files
 from tokabatch.scheduling.contracts import SamplingParams
 
 MINIMAL = {"model": {"path": "m"}, "input": {"path": "x.jsonl"}, "output": {"path": "out/x"}}
@@ -147,6 +148,17 @@ class TestAccepted:
         monkeypatch.setenv("HOME", "/home/somebody")
         job = Job.load({**MINIMAL, "model": {"path": Path("a/b")}, "output": {"path": "~/out"}})
         assert (job.model.path, job.output.path) == ("a/b", "/home/somebody/out")
+
+    def test_a_file_whose_name_begins_with_a_tilde(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("~data.jsonl").touch()
+        assert Job.load({**MINIMAL, "input": {"path": "~data.jsonl"}}).input.path == "~data.jsonl"
+
+    def test_a_trace_in_the_output_folder_needs_no_folder_yet(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.chdir(tmp_path)
+        refuse_missing_files(Job.load({**MINIMAL, "output": {"path": "out"}, "trace": {"path": "out/trace.json.gz"}}))
+        with pytest.raises(JobError, match=r"trace\.path 'none/a\.json' is in a folder that does not exist"):
+            refuse_missing_files(Job.load({**MINIMAL, "output": {"path": "out"}, "trace": {"path": "none/a.json"}}))
 
     def test_byte_order_mark_and_windows_line_ends(self, tmp_path: Path) -> None:
         assert Job.load(write(tmp_path, b"\xef\xbb\xbf" + HEADER.replace("\n", "\r\n").encode())) == Job.load(MINIMAL)

@@ -136,10 +136,10 @@ def test_the_record_is_read_once_for_all_damaged_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model", "repository", "project"])
 def test_a_folder_of_another_use_takes_no_run_but_continues_one(tmp_path: Path, name: str) -> None:
-    names = {"model": ("config.json", "model.safetensors"), "repository": (".git",), "project": ("setup.py",)}[name]
+    names = {"model": ("config.json", "model.safetensors"), "repository": (".git", "code.c"), "project": ("setup.py",)}[name]
     for each in names:
         (tmp_path / each).write_text("{}")
-    with pytest.raises(OutputError, match=rf"holds a .*{name} \({', '.join(names)}\), .*; name a folder that is empty or new"):
+    with pytest.raises(OutputError, match=rf"holds a .*{name} \({names[0]}[^)]*\), .*; name a folder that is empty or new"):
         refuse_foreign(OutputFolder(tmp_path))
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
     refuse_foreign(OutputFolder(tmp_path))
@@ -150,3 +150,6 @@ def test_a_users_notes_and_settings_do_not_make_a_folder_of_another_use(tmp_path
         (tmp_path / name).write_text("{}")
     refuse_foreign(OutputFolder(tmp_path))
     assert "config.json, notes.md, train.py" in describe_others(OutputFolder(tmp_path))[0]
+    (tmp_path / "results" / ".git").mkdir(parents=True)
+    (tmp_path / "results" / ".gitattributes").touch()
+    refuse_foreign(OutputFolder(tmp_path / "results"))  # A repository for the results alone.

@@ -606,6 +606,12 @@ def test_another_verifier_is_another_job(go, tmp_path, monkeypatch):
         go()
 
 
+def test_a_run_that_was_not_judged_is_told_from_one_that_another_verifier_judged(go):
+    go(verify=None)
+    with pytest.raises(OutputError, match=r"holds a run that was not judged:\n  verify\.kind: absent then"):
+        go()
+
+
 def test_without_the_digests_of_rows_only_unchanged_rows_continue(go, rows, tmp_path, whole):
     write_rows(rows, replaced(4, "{broken"))
     go()
@@ -660,7 +666,7 @@ def test_policy_stop_stops_at_the_first_error_row_and_continues_after_it(go, row
     for errors, row in ((3, 0), (6, 4)):
         summary = go(progress=told, **stop)
         assert (summary.exit_code, summary.errors, summary.ok) == (75, errors, 0)
-        assert f"row {row} is an error row (bad_json" in told.texts[-1]
+        assert told.texts[-1].startswith(f"error: row {row} is an error row (bad_json")
     assert go(**stop).exit_code == 0
     assert len(table(tmp_path / "out")) == 36
 

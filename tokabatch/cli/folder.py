@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from importlib import import_module
@@ -50,7 +51,7 @@ def status(
         whole = found.pending == 0 and not found.unjudged and found.of_another_judge is None
         estimates = import_module("tokabatch.report.run_estimates").read_estimates(folder) if whole and found.ok else ()
         values |= {"pace": pace and asdict(pace), "shared": shares and asdict(shares)}
-        values["estimates"] = {each.name: [each.value, each.low, each.high] for each in estimates or ()}
+        values["estimates"] = {each.name: [each.value, each.low, each.high] for each in estimates or ()} or None
         print_result(json.dumps(values))
         return
     sections = shown.status_sections(values, pace and asdict(pace))
@@ -116,10 +117,8 @@ def report(
         place.check_target(place.OutputFolder(out), to, (to.suffix,))
     # It tells of caches that it cannot write in the home of a container's user.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    replaced = to is not None and to.exists()
-    print_result(str(import_module("tokabatch.report.review").write_report(out, to)))
-    if replaced:
-        print_message(f"replaced {to}")
+    with _noting_replaced(to):
+        print_result(str(import_module("tokabatch.report.review").write_report(out, to)))
     _note_incomplete(out, found.committed, found.samples)
 
 
@@ -178,9 +177,8 @@ def score(
       tokabatch score out/quickstart verify.kind=exact --to verdicts.parquet
     """
     refuse_absent(out)
-    replaced = to is not None and to.exists()
     doing = "keeping the verdicts so far" if to is None else f"{to} is not written"
-    with stop_on_signals(doing) as stop:
+    with _noting_replaced(to), stop_on_signals(doing) as stop:
         try:
             with stop.at_once():
                 score = import_module("tokabatch.runner.score")
@@ -195,8 +193,6 @@ def score(
     where = f"in {counted(scored.files, 'file')}" if to is None else f"into {to}"
     right = "" if to is None else f", {scored.right:,} right ({scored.right / max(1, scored.judged):.1%})"
     print_note(f"{out}: {counted(scored.judged, 'sample')} judged {where}{right}")
-    if replaced:
-        print_message(f"replaced {to}")
     if to is not None:
         _note_incomplete(out, scored.done, scored.samples)
     for reason, number in scored.reasons.most_common(3):
@@ -282,10 +278,8 @@ def export(
         if nested or columns is not None or where is not None:
             raise UsageError("--nested, --columns and --where do not apply to --format openai; leave them out")
         refuse_absent(out)
-        replaced = to.exists()
-        print_note(write_batch(out, to, errors))
-        if replaced:
-            print_message(f"replaced {to}")
+        with _noting_replaced(to):
+            print_note(write_batch(out, to, errors))
         return
     if errors is not None:
         raise UsageError("--errors belongs to --format openai; add it")
@@ -301,8 +295,7 @@ def export(
     exporter = import_module("tokabatch.output.export")
     names = None if columns is None else tuple(name.strip() for name in columns.split(","))
     selection = exporter.Selection(nested, names, where)
-    replaced = str(to) != "-" and to.exists()
-    with stop_on_signals("removing the unfinished file") as stop:
+    with _noting_replaced(None if str(to) == "-" else to), stop_on_signals("removing the unfinished file") as stop:
         try:
             with stop.at_once():
                 if str(to) == "-":
@@ -315,14 +308,21 @@ def export(
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-    if replaced:
-        print_message(f"replaced {to}")
     _note_incomplete(out, exported.done, exported.planned)
     if str(to) != "-":
         samples, rows = counted(exported.samples, "sample"), counted(exported.rows, "row")
         print_note(f"{to}: {samples} of {rows}, {counted(exported.bytes, 'byte')}")
     elif (fault := first_fault(sys.stdout)) is not None:
         raise UsageError(f"standard output cannot be written: {fault.strerror}")
+
+
+@contextmanager
+def _noting_replaced(target: Path | None) -> Generator[None]:
+    """Say so if a file that is there now is replaced by what follows."""
+    there = target is not None and os.path.isfile(target)
+    yield
+    if there:
+        print_message(f"replaced {target}")
 
 
 def _note_incomplete(out: Path, done: int, samples: int | None) -> None:

@@ -222,6 +222,8 @@ def slurm(
         print_message(f"output.path {loaded.output.path} holds a complete run: the tasks will find nothing to do")
     module, script = import_module("tokabatch.cluster.slurm"), to or Path(f"{job.stem}.sbatch")
     array = module.Array(tasks, gpus, cpus, limit, options=tuple(option or ()), setup=tuple(setup or ()), command=command)
+    for warning in module.describe_doubtful(array.options):
+        print_message(warning)
     module.write_script(script, module.batch_script(job, tuple(overrides or ()), array, Path.cwd()), overwrite=overwrite)
     print_result(module.submit(script) if submit else f"{script}: submit it with `sbatch {script}`")
 

@@ -8,13 +8,13 @@ from difflib import get_close_matches
 from tokabatch.errors import UsageError
 
 _FLAGS = frozenset(
-    "contiguous help hold ignore-pbs no-requeue overcommit parsable quiet reboot requeue spread-job stepmgr test-only usage "
-    "use-min-nodes verbose version wait".split()
+    "consolidate-segments contiguous help hold ignore-pbs no-requeue overcommit parsable quiet reboot spread-job "
+    "spread-segments stepmgr test-only usage use-min-nodes verbose version wait".split()
 )
-_PERHAPS_VALUES = frozenset("exclusive get-user-env nice no-kill oversubscribe propagate".split())
+_PERHAPS_VALUES = frozenset("exclusive get-user-env nice no-kill oversubscribe propagate requeue".split())
 """Options that take a value or none."""
 _VALUES = frozenset(
-    "account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment consolidate-segments constraint "
+    "account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint "
     "container container-id core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency "
     "distribution error exclude export export-file extra extra-node-info gid gpu-bind gpu-freq gpus gpus-per-node "
     "gpus-per-socket gpus-per-task gres gres-flags hint input job-name kill-on-invalid-dep licenses mail-type mail-user "
@@ -28,19 +28,19 @@ _PLUGIN = "container-"
 """Begins options of Pyxis, which clusters use for containers."""
 
 
-def refuse_option(name: str, value: str | None) -> None:
-    """Raise UsageError for an option without the value that it needs, or with one that it does not take, and for an unknown one
-    with a name like a known one's; sbatch also takes the beginning of a name, if it is that of one option alone."""
+def check_option(name: str, value: str | None) -> str:
+    """Return the option that was meant, for an unknown one with a name like a known one's, else nothing. Raises UsageError for
+    an option without the value that it needs, or with one that it does not take; sbatch also takes the beginning of a name, if
+    it is that of one option alone."""
+    near = ""
     begun = [name] if name in _ALL else [each for each in _ALL if each.startswith(name)]
     if len(begun) > 1:
         raise UsageError(f"--sbatch {name}: may be {', '.join(begun)}; write one of them in full")
     if not begun:
-        near = [] if name.startswith(_PLUGIN) else get_close_matches(name, _ALL, n=1, cutoff=0.75)
-        if near:
-            given = near[0] if value is None else f"{near[0]}={value}"
-            raise UsageError(f"--sbatch {name}: sbatch has no such option; did you mean --sbatch {given}?")
+        near = "" if name.startswith(_PLUGIN) else next(iter(get_close_matches(name, _ALL, n=1, cutoff=0.75)), "")
         begun = [name]
     if value == "" or (value is None and begun[0] in _VALUES):
         raise UsageError(f"--sbatch {name}: needs a value; write --sbatch {begun[0]}=VALUE")
     if value is not None and begun[0] in _FLAGS:
         raise UsageError(f"--sbatch {name}: takes no value; write --sbatch {begun[0]}")
+    return near and (near if value is None else f"{near}={value}")

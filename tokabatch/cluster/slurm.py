@@ -11,10 +11,11 @@ import hashlib
 import re
 import shlex
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokabatch.cluster.sbatch_options import refuse_option
+from tokabatch.cluster.sbatch_options import check_option
 from tokabatch.errors import EXIT_STOPPED, UsageError
 
 UNITS_PER_TASK, LEAST_UNITS = 32, 64
@@ -71,7 +72,7 @@ def batch_script(job: Path, overrides: tuple[str, ...], array: Array, folder: Pa
     asked += [f"time={array.time}"] if array.time else []
     ahead = _seconds_ahead(array.time) if array.seconds_ahead is None else array.seconds_ahead
     asked += [f"signal=USR1@{ahead}", "requeue", "open-mode=append", f"output=tokabatch-{name}-%A_%a.log"]
-    given = [_option(option) for option in array.options]
+    given = [_option(option)[0] for option in array.options]
     names = {option.partition("=")[0] for option in given}
     asked = [option for option in asked if option.partition("=")[0] not in names] + given
     directives = "\n".join(f"#SBATCH {shlex.quote(f'--{option}')}" for option in asked)
@@ -144,17 +145,28 @@ def write_script(path: Path, text: str, *, overwrite: bool = False) -> None:
         ) from error
 
 
-def _option(given: str) -> str:
-    """Return an option as a directive takes it, without dashes. Raises UsageError if it is not one long option, or is certainly
-    wrong."""
+def describe_doubtful(options: Sequence[str]) -> list[str]:
+    """Return a warning for each option that sbatch does not document, with a name like one that it does. Raises UsageError as
+    `batch_script` does."""
+    read = map(_option, options)
+    return [
+        f"warning: --sbatch {option}: sbatch documents no such option; did you mean --sbatch {meant}?"
+        for option, meant in read
+        if meant
+    ]
+
+
+def _option(given: str) -> tuple[str, str]:
+    """Return an option as a directive takes it, without dashes, and the one that was perhaps meant. Raises UsageError if it is
+    not one long option, or is certainly wrong."""
     found = re.fullmatch(r"(?:--)?([a-z][a-z0-9-]+)(?:=(.*))?", given.strip())
     if found is None or re.search(r"\s-|\s[a-z-]+=", found[2] or ""):
         raise UsageError(
             f"--sbatch {given!r} is not one long option of sbatch; write its long name, and --sbatch once for each option: "
             "--sbatch partition=gpu --sbatch account=NAME"
         )
-    refuse_option(found[1], found[2])
-    return found[1] if found[2] is None else f"{found[1]}={found[2]}"
+    meant = check_option(found[1], found[2])
+    return found[1] if found[2] is None else f"{found[1]}={found[2]}", meant
 
 
 def _seconds_ahead(limit: str) -> int:

@@ -47,7 +47,7 @@ def _path_text(value: Any) -> Any:
         value = os.fspath(value)  # pyright: ignore[reportUnknownArgumentType]
     if isinstance(value, str) and (found := _VARIABLE.search(value)):
         raise ValueError(f"variables such as {found[0]} are not replaced here: write the path out")
-    if not isinstance(value, str) or not value.startswith("~"):
+    if not isinstance(value, str) or not value.startswith("~") or os.path.lexists(value):
         return value
     if (expanded := os.path.expanduser(value)) == value:
         raise ValueError(f"{value.partition('/')[0]} is no user's folder here; write the path out, or ./{value} for that name")

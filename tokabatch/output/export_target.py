@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokabatch.errors import OutputError
 from tokabatch.input.files.paths import would_read
@@ -22,11 +22,12 @@ def check_target(
         listed = " or ".join([", ".join(suffixes[:-1]), suffixes[-1]] if len(suffixes) > 1 else suffixes)
         stream = ", or - for standard output" if len(suffixes) > 1 else ""
         raise OutputError(f"{option} {target}: name a file that ends in {listed}{stream}")
-    if not _is_folder(target.absolute().parent, option):
+    if _kind(target.absolute().parent, option) != "folder":
         raise OutputError(f"{option} {target}: the folder {target.parent} does not exist; create it first")
-    if _is_folder(target, option):
+    kind = _kind(target, option)
+    if kind == "folder":
         raise OutputError(f"{option} {target} is a folder; name a file in it")
-    if not _is_file_or_absent(target):
+    if kind == "other":
         raise OutputError(f"{option} {target} is not a regular file, and is not replaced; name another file")
     if folder.data.resolve() in target.resolve().parents:
         raise OutputError(f"{option} {target} lies among the run's own shards; export to another folder")
@@ -47,17 +48,11 @@ def refuse_input(job: Mapping[str, Any], target: Path, option: str, working_fold
             )
 
 
-def _is_file_or_absent(path: Path) -> bool:
+def _kind(path: Path, option: str) -> Literal["file", "folder", "other", "absent"]:
     try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:
-        return True
-
-
-def _is_folder(path: Path, option: str) -> bool:
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
+        mode = os.stat(path).st_mode
+        return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return "absent"
     except OSError as error:
         raise OutputError(f"{option} {path} cannot be reached: {error.strerror}; name a file elsewhere") from error

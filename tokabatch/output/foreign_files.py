@@ -67,7 +67,9 @@ def _other_use(folder: OutputFolder) -> str:
     if there is None or not stat.S_ISDIR(there.st_mode) or has_manifest(folder):
         return ""
     names = list_names(folder.files, folder.path)
-    if repository := next((name for name in _REPOSITORIES if name in names), None):
+    # One for the results alone has nothing beside it yet.
+    is_empty = all(name.startswith(".") for name in names)
+    if (repository := next((name for name in _REPOSITORIES if name in names), None)) and not is_empty:
         return f"a repository ({repository})"
     if project := next((name for name in _PROJECTS if name in names), None):
         return f"a Python project ({project})"

@@ -143,7 +143,8 @@ class EarlierRun:
         elif overrides and all(is_of_verify(difference) for difference in differences):
             command = " ".join(("tokabatch score", *map(quote, (str(self.folder.path), *overrides))))
             advice = f"The samples are the same: `{command}` judges them by this job's verifier; then the run can be continued."
-            what = "holds a run that another verifier judged"
+            is_judged = "verify.kind" in self.manifest.fingerprint.settings
+            what = "holds a run that another verifier judged" if is_judged else "holds a run that was not judged"
         elif any(difference.startswith("model.dtype: ") for difference in differences):
             then = json.loads(self.manifest.fingerprint.settings["model.dtype"])
             advice += f" With model.dtype={then} that run is continued (auto follows the device)."

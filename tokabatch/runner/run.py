@@ -328,7 +328,7 @@ def _record_failures(state: RunState) -> int:
     why = f"row {first.row_index} is an error row ({first.error.code}: {first.error.message})"
     last = len(failures) == 1 and not len(state.started.left.requests)
     then = "It was the last one missing" if last else "Run the same command again to continue after it"
-    state.clock.progress.message(f"errors.policy is stop: {why}. {then}")
+    state.clock.progress.message(f"error: {why}, and errors.policy is stop. {then}")
     return EXIT_STOPPED
 
 

@@ -285,8 +285,8 @@ def test_rows_that_max_tokens_makes_too_long_are_noted_with_the_value_that_fits(
     store = ingest_job(path, context=100, generation={"max_tokens": 90})
     assert codes(store) == dict.fromkeys((1, 2, 3, 4), "prompt_too_long")
     assert [note for note in store.notes if "max_tokens" in note] == [
-        "2 rows are too long beside generation.max_tokens alone: with 70 or less, or with `context`, each fits the model's "
-        "context of 100 tokens"
+        "warning: 2 rows are too long beside generation.max_tokens alone: with 70 or less, or with `context`, each fits the "
+        "model's context of 100 tokens"
     ]
     assert codes(ingest_job(path, context=100, generation={"max_tokens": 70})) == {3: "prompt_too_long", 4: "prompt_too_long"}
 

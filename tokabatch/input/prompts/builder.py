@@ -121,8 +121,8 @@ class PromptBuilder:
         )
         rows_found = counted(self._without_room, "row is", "rows are")
         of_room = (
-            f"{rows_found} too long beside generation.max_tokens alone: with {self._least_room} or less, or with `context`, "
-            f"each fits the model's context of {counted(self._limits.context_length, 'token')}",
+            f"warning: {rows_found} too long beside generation.max_tokens alone: with {self._least_room} or less, or with "
+            f"`context`, each fits the model's context of {counted(self._limits.context_length, 'token')}",
         )
         notes = (
             *(of_whole if whole else ()),

@@ -182,7 +182,9 @@ def _describe_markup(
     if spelled.first is None:
         return
     row, text = spelled.first
-    found = f"rows that spell special tokens: {spelled.rows:,} ({places.line(row) or f'row {row}'}: {text!r}), taken as"
+    found = (
+        f"warning: rows that spell special tokens: {spelled.rows:,} ({places.line(row) or f'row {row}'}: {text!r}), taken as"
+    )
     if config.special_tokens == "text":
         whole = " and prompt.chat: false" if chat and not config.messages else ""
         yield f"{found} plain text; if they hold chat markup already, write prompt.special_tokens: allow{whole}"

@@ -96,16 +96,16 @@ class Tokenizer:
         sentences: list[str] = []
         if self.replaced:
             sentences.append(
-                f"the tokenizer of {self.name!r} is used as its tokenizer.json says; transformers' AutoTokenizer would put its "
-                f"own {' and '.join(self.replaced)} in place of the file's"
+                f"warning: the tokenizer of {self.name!r} is used as its tokenizer.json says; transformers' AutoTokenizer "
+                f"would put its own {' and '.join(self.replaced)} in place of the file's"
             )
         beyond = {token: str(each.content) for token, each in sorted(self._added.items()) if token >= num_embeddings}
         if beyond:
             listed = ", ".join(f"{token} {text!r}" for token, text in list(beyond.items())[:LISTED])
             more = f" and {len(beyond) - LISTED} more" if len(beyond) > LISTED else ""
             sentences.append(
-                f"the tokenizer's added tokens {listed}{more} have no embedding in the model, which has {num_embeddings}; a "
-                "prompt that uses one is an error row"
+                f"warning: the tokenizer's added tokens {listed}{more} have no embedding in the model, which has "
+                f"{num_embeddings}; a prompt that uses one is an error row"
             )
         return tuple(sentences)
 
