@@ -28,6 +28,7 @@ from tokabatch.output.integrity import check
 from tokabatch.output.status import read_status
 from tokabatch.runner import judging, recorder
 from tokabatch.runner.interruption import Interruption
+from tokabatch.runner.score import score, score_to
 from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring import pool
 from tokabatch.scoring.judge import Judge, JudgeSpec
@@ -542,3 +543,62 @@ for most in (16 << 30, 4 << 30):
     print(resource.getrlimit(resource.RLIMIT_AS)[0] >> 30)
 """
     assert subprocess.check_output([sys.executable, "-c", program], text=True).split() == ["8", "4"]
+
+
+CHECKS = """
+def check(row, limit=6):
+    with open({calls!r}, "a") as file: file.write(f"{{row['number']}}\\n")
+    if row["number"] >= limit: raise ValueError("too large")
+    if row["number"] == 0: raise KeyError("zero")
+
+"""
+ONE_TEXT = """
+def verify(text, row, limit):
+    assert 0 < row["number"] < limit
+    return True
+"""
+SEVERAL = """
+def verify(texts, rows, limit):
+    assert all(0 < row["number"] < limit for row in rows)
+    return [True for _ in rows]
+"""
+
+
+@pytest.mark.parametrize("source", [ONE_TEXT, SEVERAL], ids=["one text", "several texts"])
+def test_a_sample_of_a_row_that_check_rejects_gets_no_verdict_from_verify(source: str, rows: Path, tmp_path: Path) -> None:
+    judge, out, calls = tmp_path / "judge.py", tmp_path / "out", tmp_path / "calls.txt"
+    judge.write_text(CHECKS.format(calls=str(calls)) + source)
+    verify = {"kind": str(judge), "options": {"limit": 6}}
+    assert scripted_run(rows, out, verify=verify).unverified == 6
+
+    def check_verdicts(of: list[dict[str, Any]], limit: int) -> None:
+        for sample in of:
+            number = sample["row_index"]
+            reason = "too large" if number >= limit else None if number else "KeyError: 'zero' in line 5"
+            assert (sample["correct"], sample["verify_error"]) == (True if reason is None else None, reason), sample
+
+    check_verdicts(samples(out), 6)
+    calls.unlink()
+    target = tmp_path / "verdicts.parquet"
+    assert score_to(out, target, ["verify.options.limit=3", "verify.processes=1"]).right == 4
+    check_verdicts(pq.read_table(target).to_pylist(), 3)
+    assert sorted(map(int, calls.read_text().split())) == list(range(ROWS)), "once a row"
+    assert score(out, ["verify.options.limit=3"]).judged == 2 * ROWS
+    check_verdicts(samples(out), 3)
+
+
+def test_the_verifiers_of_the_package_are_not_made_to_check_a_row_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    rejected: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "exact": ({}, {"answer": None}),
+        "gsm8k": ({}, {"answer": "no number"}),
+        "choice": ({}, {"answer": "Z"}),
+        "regex": ({"pattern": "x"}, {"answer": None}),
+        "code": ({}, {"prompt": "x"}),
+    }
+    for kind, (options, row) in rejected.items():
+        spec = JudgeSpec(kind, f"tokabatch.scoring.verifiers.{kind}", "verify", None if kind == "code" else "answer", options)
+        judge = Judge(spec)
+        reason = judge.check(row)
+        monkeypatch.setattr(judge, "check", None)
+        (verdict,) = judge.verdicts(["x"], [row])
+        assert reason is not None and (verdict.correct, verdict.error) == (None, reason), kind

@@ -8,17 +8,20 @@ A verdict is True or False, a number (the score), None (there is no telling), or
 further keys the file declares: `COLUMNS = {"extracted": str}`, each of them str, int, float or bool. The file may have
 `check_options(**options)`, which raises ValueError for options that are wrong for any row and refuses the job, and
 `check(row, **options)`, which raises ValueError where a row cannot be judged, whatever the text: it is called for all rows
-before anything is computed, at each start. Both get those of the options that they name, or all with `**options`. A judge that
-raises costs the verdict of that sample alone.
+before anything is computed, at each start, and again before the samples of a row are judged, which get no verdict if it raises.
+Both get those of the options that they name, or all with `**options`. A judge that raises costs the verdict of that sample
+alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
 import os
+import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +37,7 @@ ANSWER = "extracted"
 """The column with the answer that a judge extracts from the text, if it does: what a majority is counted over."""
 MAX_REASON = 200
 MAX_TEXT = 1 << 16
+_KEPT_FAULTS = 1 << 16
 COLUMN_TYPES: Mapping[type, str] = {str: "string", int: "int64", float: "float64", bool: "bool"}
 """The types that a judge's columns may have, and the Arrow type of each."""
 
@@ -115,6 +119,7 @@ class Judge:
         module = _load(spec)
         self._spec = spec
         self._file = getattr(module, "__file__", None)
+        self._is_of_package = Path(self._file or "").parent == _VERIFIERS
         function = getattr(module, spec.function, None)
         if not callable(function):
             own = [
@@ -157,6 +162,8 @@ class Judge:
         if self._check is not None:
             self._check_options = self._named(self._check)
             _refuse_call("check", self._check, ({},), self._check_options)
+        self._faults: dict[bytes, str | None] = {}
+        """Why rows cannot be judged, or None, by their digests."""
         self._correct_from = spec.correct_from
         self.takes_batches = bool(parameters) and parameters[0].name == "texts"
         self.columns: dict[str, str] = {}
@@ -188,7 +195,27 @@ class Judge:
 
     def verdicts(self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """Return a verdict for each text; what the judge raises becomes the verdict's `error`, and what it returns is
-        checked."""
+        checked. The judge is not called for a row that its `check` rejects, whose reason becomes the `error`."""
+        if self._check is None or self._is_of_package:
+            # The verifiers of the package raise the same for such a row themselves.
+            return self._judged(texts, rows)
+        faults = [self._fault(row) for row in rows]
+        accepted = [place for place, fault in enumerate(faults) if fault is None]
+        judged = iter(self._judged([texts[place] for place in accepted], [rows[place] for place in accepted]))
+        return [next(judged) if fault is None else Verdict.none(fault) for fault in faults]
+
+    def _fault(self, row: Mapping[str, Any]) -> str | None:
+        """As `check`, which is called once for the samples of a row, unless many others are judged in between."""
+        digest = hashlib.blake2b(pickle.dumps(row), digest_size=16).digest()
+        if digest not in self._faults:
+            if len(self._faults) >= _KEPT_FAULTS:
+                self._faults.clear()
+            self._faults[digest] = self.check(row)
+        return self._faults[digest]
+
+    def _judged(self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        if not texts:
+            return []
         if not self.takes_batches:
             pairs = zip(texts, rows, strict=True)
             return [self._verdict(partial(self._function, text, row, **self._options)) for text, row in pairs]
@@ -200,7 +227,7 @@ class Judge:
             if len(texts) == 1:
                 return [Verdict.none(self._reason(error))]
             # One of them is at fault: judge them one by one, so that the others keep their verdicts.
-            return [verdict for text, row in zip(texts, rows, strict=True) for verdict in self.verdicts([text], [row])]
+            return [verdict for text, row in zip(texts, rows, strict=True) for verdict in self._judged([text], [row])]
         return [self._verdict(lambda value=value: value) for value in returned]
 
     def _verdict(self, call: Callable[[], Any]) -> Verdict:
@@ -236,7 +263,7 @@ class Judge:
         except Exception:  # an exception whose own text fails
             words = ""
         places = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
-        known = all(file == __file__ for file, _ in places) or Path(self._file or "").parent == _VERIFIERS
+        known = all(file == __file__ for file, _ in places) or self._is_of_package
         if type(error) is ValueError and words and (known or of_check):
             return words[:MAX_REASON]
         lines = [] if known else [line for file, line in places if file == self._file]
