@@ -121,6 +121,8 @@ def test_scoring(tmp_path: Path) -> None:
     assert {sample["text"] for sample in samples} >= {" Rome.", " 56."}
     record = read_record(tmp_path / "out")
     assert record.prompts[0].text.endswith("What is the capital of Italy? The answer is") and record.per_token is not None
+    facts = dict(record.facts)
+    assert (facts["mode"], facts["continuations from column"]) == ("score", "continuations")
     assert record.per_token.of_texts.shape == (5,) and len(record.samples_shown["lowest"]) == 2
 
 

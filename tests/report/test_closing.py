@@ -16,7 +16,7 @@ from tokabatch.cli import folder
 from tokabatch.errors import DamageError, OutputError
 from tokabatch.output.excerpts import ErrorRow, ErrorRows, Excerpt, Kind
 from tokabatch.report import closing
-from tokabatch.report.review import write_report
+from tokabatch.report.review import _prompt_facts, write_report
 
 OUT = Path("out/a b")
 SAMPLE = Excerpt(0, 0, "a text", "stop", 3, None, {})
@@ -78,6 +78,27 @@ def test_a_page_of_the_users_own_is_kept(tmp_path: Path) -> None:
         write_report(out)
     assert page.read_text() == "<html>mine"
     assert write_report(out, page) == page and page.read_text() != "<html>mine"
+
+
+def test_a_page_is_named_after_its_folder_wherever_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text('{"question": "How many?"}\n')
+    scripted_run(rows, out)
+    monkeypatch.chdir(out / "data")
+    page = write_report(Path("..")).read_text()
+    assert "<title>tokabatch report: out</title>" in page and f"<th>output<td>{out.resolve()}" in page
+
+
+@pytest.mark.parametrize(
+    ("prompt", "column"),
+    [
+        ({}, "messages"),
+        ({"template": "{{ messages }}"}, ""),
+        ({"token_ids": "ids"}, "ids"),
+    ],
+)
+def test_the_column_of_prompts_is_named_also_by_default(prompt: dict[str, str], column: str) -> None:
+    assert dict(_prompt_facts(prompt, "", {"id", "prompt_token_ids", "messages"}))["prompt from column"] == column
 
 
 def test_an_unfolded_sample_shows_all_that_its_judge_says(tmp_path: Path) -> None:

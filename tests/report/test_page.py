@@ -41,7 +41,7 @@ SUMMARY = {
     "preemptions": 3,
 }
 RUN = RunRecord(
-    path="out/<b>",
+    name="<b>",
     model="a model",
     state="complete",
     samples=20,
@@ -64,18 +64,26 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given():
     page = render_page(RUN)
     assert page.startswith("<!doctype html>")
     assert "<script" not in page and "<link" not in page and "src=" not in page
-    assert "out/&lt;b&gt;" in page and "<b>out" not in page
+    assert "report</small>&lt;b&gt;</h1>" in page
     assert "by the roofline of &lt;this&gt;" in page and "last start" not in page
 
 
 def test_a_page_says_what_it_is_and_what_its_figures_mean() -> None:
     page = render_page(replace(RUN, estimates=(*(RUN.estimates or ()), Estimate("best-of-4", 0.4, 0.3, 0.5))))
-    assert "<title>tokabatch report: out/&lt;b&gt;</title>" in page and "<h1><small>tokabatch report</small>out/" in page
+    assert "<title>tokabatch report: &lt;b&gt;</title>" in page and "<h1><small>tokabatch report</small>&lt;b&gt;<" in page
     assert (
         "pass@k: the chance that at least one of k samples of a problem (one row of the input) is right. best-of-k: the" in page
     )
     assert "In brackets: 95% intervals over the rows.</p>" in page and "maj@k" not in page
     assert "In brackets" not in render_page(replace(RUN, estimates=None))
+    for alike in (Estimate("pass@4", 1.0, 0.6, 1.0), Estimate("pass@1", 0.0, 0.0, 0.4)):
+        page = render_page(replace(RUN, estimates=(alike,)))
+        assert (
+            "the rows; where all rows are at 0% or 100%, they allow for rows unlike these (Clopper and Pearson, 1934)." in page
+        )
+    # Of one row, nothing follows for others; scores of any size may be 0 on average.
+    for other in (Estimate("pass@1", 1.0, 0.0, 1.0), Estimate("mean score", 0.0, -0.1, 0.1)):
+        assert "Clopper" not in render_page(replace(RUN, estimates=(other,)))
     started = replace(RUN, facts=[("started", "2026-01-02 03:04:05 UTC")])
     assert "<p class=sub>model a model, complete, started 2026-01-02 03:04:05 UTC</p>" in render_page(started)
 
@@ -123,7 +131,16 @@ def test_a_run_without_a_verdict_says_so_at_the_top() -> None:
 
 def test_samples_that_were_cut_off_are_counted():
     tile = "<span>of the samples cut off at max_tokens"
-    assert f"<b class=bad>50%</b>{tile}" in render_page(replace(RUN, cut_off=9)) and tile not in render_page(RUN)
+    page = render_page(replace(RUN, cut_off=9))
+    assert f"<b>50%</b>{tile}" in page, "whether it is bad depends on the task"
+    assert tile not in render_page(RUN)
+
+
+def test_errors_are_samples_and_their_rows_are_counted_where_these_are_fewer() -> None:
+    rows = ErrorRows((ErrorRow(7, "7", 2, "bad_json", "why"),), {"bad_json": 4, "bad_type": 1})
+    assert "<b class=bad>10</b><span>errors (5 rows)</span>" in render_page(replace(RUN, ok=8, errors=10, error_rows=rows))
+    for page in (render_page(replace(RUN, ok=13, errors=5, error_rows=rows)), render_page(replace(RUN, errors=0))):
+        assert "<span>errors</span>" in page
 
 
 def test_a_phone_and_a_dark_screen_are_thought_of():
@@ -316,14 +333,16 @@ def test_charts_over_time_begin_at_the_first_step():
 
 
 @pytest.mark.parametrize(
-    ("figures", "short", "cells", "stacked"),
-    [(3, 0, 3, 0), (3, 2, 3, 0), (4, 2, 3, 1), (5, 2, 5, 0), (6, 2, 6, 0), (7, 2, 6, 1)],
-)
-def test_figures_fill_their_rows(figures: int, short: int, cells: int, stacked: int) -> None:
+    ("figures", "short", "cells", "stacked", "in_a_row"),
+    [(3, 0, 3, 0, 3), (3, 2, 3, 0, 3), (4, 0, 4, 0, 2), (4, 2, 3, 1, 3), (5, 2, 5, 0, 3), (6, 0, 6, 0, 3), (6, 2, 6, 0, 2),
+     (7, 2, 6, 1, 3)],
+)  # fmt: skip
+def test_figures_fill_their_rows(figures: int, short: int, cells: int, stacked: int, in_a_row: int) -> None:
+    """A short one is beside no high one, which would stretch it."""
     titles = [*(f"figure {place}" for place in range(figures - short)), *("Prompt tokens", "Predicted and actual")[:short]]
-    found = _cells([(title, "", "") for title in titles])
+    found, least = _cells([(title, "", "") for title in titles])
     assert len(found) == cells and sum("class=stack" in each for each in found) == stacked
-    assert "".join(found).count("<figure>") == figures
+    assert "".join(found).count("<figure>") == figures and 77 // (float(least.removesuffix("rem")) + 1) == in_a_row
 
 
 @pytest.mark.parametrize("value", [8, 64])

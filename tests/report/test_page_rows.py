@@ -68,6 +68,18 @@ def test_shares_have_a_bar_for_each_count_or_twenty(right: list[int], samples: l
     assert svg.count("opacity: 0.8") == 2 * bars and f">mean {np.mean(np.array(right) / np.array(samples)):.1%}</text>" in svg
 
 
+@pytest.mark.parametrize(
+    ("samples", "ticks"), [(2, "0% 50% 100%"), (3, "0% 33.3% 66.7% 100%"), (40, "0% 20% 40% 60% 80% 100%")]
+)
+@pytest.mark.parametrize("share", [0, 1])
+def test_the_axis_of_shares_ends_at_them_and_bars_are_narrow(samples: int, ticks: str, share: int) -> None:
+    """Also where all rows have the same share."""
+    svg = histogram_of_shares(np.full(5, share * samples), np.full(5, samples), "right", "rows").partition("</svg>")[0]
+    assert re.findall(r">(-?[\d.]+%)</text>", svg) == ticks.split()
+    bar = re.search(r'<path d="M ([\d.]+) [\d.]+ \nL ([\d.]+) [^"]*"[^>]*opacity: 0.8', svg)
+    assert bar is not None and float(bar[2]) - float(bar[1]) < 40
+
+
 def test_an_estimate_of_one_k_has_its_interval() -> None:
     def lines(low: float) -> int:
         bands = [Band("pass@k", [1, 4], [0.2, 0.4], [0.1, 0.2], [0.3, 0.8]), Band("maj@k", [4], [0.3], [low], [0.5])]

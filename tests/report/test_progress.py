@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 from dataclasses import replace
@@ -99,6 +100,14 @@ class TestRates:
         assert rates.done == 0.25 + 0.75 * 0.5
         rates.add(replace(at(2.0, done=100), tokens_out=201, tokens_left=300))
         assert rates.done == 0.25 + 0.75 * 0.5, "it does not fall where more is expected"
+
+    @pytest.mark.parametrize(("done", "share"), [(40, "50.0%"), (400, "100.0%")])
+    def test_the_bar_does_not_go_back_when_a_run_is_stopped(self, done: int, share: str) -> None:
+        console, stream = a_terminal()
+        with LiveProgress(console) as progress:
+            progress.update(replace(at(0.0), tokens_out=0, tokens_left=400))
+            progress.update(replace(at(2.0, "writing", done=done), tokens_out=200, tokens_left=200))
+        assert set(re.findall(r"(\S+%) +2\.00 s", re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()))) == {share}
 
 
 class TestLines:

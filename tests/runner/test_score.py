@@ -267,6 +267,7 @@ def test_a_stopped_score_leaves_no_figure_of_before(
     assert read_estimates(OutputFolder(out)) == ()
     shown = page(out)
     assert f"<b class=bad>{left}</b><span>samples still to be judged" in shown and "pass@1" not in shown
+    assert "pass@k by" not in shown, "nothing is estimated"
     with pytest.raises(OutputError, match=r"the verifier that the folder names has not judged .* files yet\. `tokabatch score"):
         export(out, tmp_path / "samples.jsonl")
     monkeypatch.setattr(sys, "argv", ["tokabatch", "status", str(out)])

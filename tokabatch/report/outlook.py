@@ -92,7 +92,7 @@ def outlook_sections(outlook: Outlook) -> tuple[Section, ...]:
         ("over time", "".join(_BARS[min(8, round(share * 8))] for share in outlook.kv_over_time)),
         ("preemptions", f"{outlook.preemptions:,}, {outlook.waste:.2%} of tokens computed again"),
         ("waiting", f"running samples had to wait for KV cache in {outlook.waited:.1%} of their steps"),
-        ("last samples", f"{seconds_text(outlook.tail_seconds)}{tail} with fewer than half of the samples running"),
+        ("tail", f"{seconds_text(outlook.tail_seconds)}{tail}: fewer than half of the samples still running"),
         ("simulated in", seconds_text(outlook.simulated_in)),
     ]
     sections = [Section("Simulated run", tuple(rows))]

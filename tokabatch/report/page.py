@@ -19,12 +19,14 @@ from tokabatch.report.page_samples import folded_value, samples_shown
 from tokabatch.report.page_style import CSS
 from tokabatch.report.run_record import RunRecord
 from tokabatch.report.step_figures import step_figures
-from tokabatch.scoring.estimates import distinct
+from tokabatch.scoring.estimates import Estimate, distinct
 
 PAGE_START = "<!doctype html><html lang=en><meta charset=utf-8>"
 """How each page begins, of earlier versions, too."""
 _SHORT = ("Prompt tokens", "Predicted and actual")
 """Figures that half of the height is enough for."""
+_HALF, _THIRD = "26rem", "21rem"
+"""The least width of figures in rows of two and of three."""
 _MEANINGS = {
     "pass@": "the chance that at least one of k samples of a problem (one row of the input) is right",
     "maj@": "the chance that the most frequent answer of k samples is right",
@@ -39,13 +41,11 @@ def render_page(run: RunRecord) -> str:
         f"<div class=tile><b{' class=bad' if alert else ''}>{_text(v)}</b><span>{_text(k)}</span></div>"
         for k, v, alert in _tiles(run)
     ]
-    cells = _cells(_figures(run))
-    # Four side by side in rows of three would leave one alone.
-    least = "26rem" if len(cells) == 4 else "21rem"
+    cells, least = _cells(_figures(run))
     return (
         f"{PAGE_START}<meta name=viewport content='width=device-width'>"
-        f"<title>tokabatch report: {escape(run.path)}</title><style>{CSS}</style>"
-        f"<h1><small>tokabatch report</small>{escape(run.path)}</h1>"
+        f"<title>tokabatch report: {escape(run.name)}</title><style>{CSS}</style>"
+        f"<h1><small>tokabatch report</small>{escape(run.name)}</h1>"
         f"<p class=sub>model {escape(run.model)}, {escape(_state(run))}{escape(_started(run))}</p>"
         f"<div class=tiles style='--columns:{_columns(len(tiles))}'>{''.join(tiles)}</div>{_meanings(run)}{_errors(run)}"
         f"<div class=plots style='--least:{least}'>{''.join(cells)}</div>"
@@ -53,17 +53,18 @@ def render_page(run: RunRecord) -> str:
     )
 
 
-def _cells(figures: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Return the figures as HTML. Two short ones are stacked where that fills rows of three."""
+def _cells(figures: Sequence[tuple[str, str, str]]) -> tuple[list[str], str]:
+    """Return the figures as HTML, and their least width. Two short ones are stacked where that fills rows of three."""
     drawn = [
         f"<figure><figcaption>{escape(title)}<small>{_text(note)}</small></figcaption>{drawing}</figure>"
         for title, note, drawing in figures
     ]
     short = [place for place, (title, _, _) in enumerate(figures) if title in _SHORT]
     if len(short) < 2 or (len(drawn) - 1) % 3:
-        return drawn
+        # In rows of three, four would leave one alone, and the last of four charts would stretch two short figures beside it.
+        return drawn, _HALF if len(drawn) == 4 or (len(drawn) == 6 and len(short) == 2) else _THIRD
     stack = f"<div class=stack>{''.join(drawn[place] for place in short)}</div>"
-    return [*(figure for place, figure in enumerate(drawn) if place not in short), stack]
+    return [*(figure for place, figure in enumerate(drawn) if place not in short), stack], _THIRD
 
 
 def _text(text: str) -> str:
@@ -96,8 +97,18 @@ def _meanings(run: RunRecord) -> str:
     """Say below the tiles what the estimates among them mean."""
     shown = distinct(run.estimates or ())
     said = [f"{kind}k: {text}." for kind, text in _MEANINGS.items() if any(each.name.startswith(kind) for each in shown)]
-    said += ["In brackets: 95% intervals over the rows."] if any(each.interval(".1%") for each in shown) else []
+    if any(each.interval(".1%") for each in shown):
+        said.append(f"In brackets: 95% intervals over the rows{_alike(shown)}.")
     return f"<p class=sub>{' '.join(said)}</p>" if said else ""
+
+
+def _alike(estimates: Sequence[Estimate]) -> str:
+    """Say what the interval is where all rows give 0 or 1."""
+    if not any(
+        each.value in (0.0, 1.0) and each.low >= 0 and each.high <= 1 and each.high - each.low < 1 for each in estimates
+    ):
+        return ""
+    return "; where all rows are at 0% or 100%, they allow for rows unlike these (Clopper and Pearson, 1934)"
 
 
 def _errors(run: RunRecord) -> str:
@@ -107,6 +118,11 @@ def _errors(run: RunRecord) -> str:
     head = "".join(f"<th>{escape(name)}" for name in section.columns)
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}" for row in section.rows)
     return f"<h2>Error rows</h2><table class=errors><tr>{head}{rows}</table>"
+
+
+def _error_rows(run: RunRecord) -> str:
+    rows = sum(run.error_rows.counts.values()) if run.error_rows is not None else run.errors
+    return f" ({counted(rows, 'row')})" if rows != run.errors else ""
 
 
 def _facts(run: RunRecord) -> str:
@@ -136,11 +152,11 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         rows.append(("perplexity, all texts together", figure_text(math.exp(min(700.0, -run.per_token.mean))), False))
     rows += [
         (f"of {counted(run.samples, 'sample' if run.per_token is None else 'text')} ok", f"{run.ok:,}", False),
-        ("errors", f"{run.errors:,}", run.errors > 0),
+        (f"errors{_error_rows(run)}", f"{run.errors:,}", run.errors > 0),
     ]
     if run.cut_off:
         share = run.cut_off / max(1, run.ok)
-        rows.append(("of the samples cut off at max_tokens or the end of the context", f"{share:.0%}", share >= 0.5))
+        rows.append(("of the samples cut off at max_tokens or the end of the context", f"{share:.0%}", False))
     rows += [("cancelled, their rows had stopped", f"{run.cancelled:,}", False)] if run.cancelled else []
     rows += [("pending, still to be computed", f"{pending:,}", True)] if pending else []
     seconds = float(elapsed(run.steps).max()) if len(run.steps.get("seconds", ())) else 0.0
@@ -162,7 +178,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         rows.append(("of the prompt tokens shared and not computed again" + last, share, False))
     if s.get("tail_seconds"):
         share = f"{s['tail_seconds'] / s['step_seconds']:.0%}"
-        rows.append(("of the time with fewer than half of the samples running" + last, share, False))
+        rows.append(("of the time in the tail, with fewer than half of the samples still running" + last, share, False))
     if s.get("preemptions"):
         rows.append(("preemptions: samples set aside while the KV cache was full" + last, f"{s['preemptions']:,}", False))
     return rows

@@ -106,12 +106,13 @@ def histogram_of_shares(parts: Int64, wholes: Int64, unit: str, counted: str, *,
     whole = int(wholes.max())
     if wholes.min() == whole <= _BARS:
         heights = np.bincount(parts, minlength=whole + 1)
-        centers, width = np.arange(whole + 1) / whole, 1 / whole
-        axes.set_xlim(-0.6 * width, 1 + 0.6 * width)
+        centers, width = np.arange(whole + 1) / whole, min(1 / whole, 0.1)
     else:
         heights = np.bincount(np.minimum(parts * _BARS // wholes, _BARS - 1), minlength=_BARS)
         centers, width = (np.arange(_BARS) + 0.5) / _BARS, 1 / _BARS
-        axes.set_xlim(-0.02, 1.02)
+    # Room for half a bar on both sides.
+    axes.set_xlim(-0.06, 1.06)
+    axes.set_xticks(centers if len(centers) < 6 else np.linspace(0, 1, 6))
     axes.bar(centers, heights, width=0.92 * width, color=INK, alpha=0.8)
     if mean:
         share = float((parts / wholes).mean())

@@ -333,8 +333,9 @@ def _draw(snapshot: ProgressSnapshot, rates: Rates, width: int) -> Group:
         done, total = snapshot.share, 1
     elif snapshot.phase == "reading" or total is None:
         done, total = float(snapshot.rows_done), snapshot.rows_total
-    elif snapshot.phase == "generating" and (share := rates.done) is not None:
-        done = share * total
+    elif snapshot.phase in ("generating", "writing") and (share := rates.done) is not None:
+        # By tokens, unless all samples are there: a run that was stopped has generated parts of others.
+        done = share * total if done < total else done
     grid = Table.grid(padding=(0, 1))
     percent = Text(f"{done / total:.1%}" if total else "", style="bold")
     bar = ProgressBar(total=total or None, completed=done, width=40, pulse=not total, animation_time=snapshot.elapsed)

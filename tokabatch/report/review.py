@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from tokabatch.errors import OutputError, TokabatchError
+from tokabatch.input.prompts.columns import DEFAULTS
 from tokabatch.input.prompts.rebuild import Rebuilt, job_as_run, rebuild_prompts
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.job import GenerationConfig
@@ -75,7 +76,7 @@ def read_record(out: Path) -> RunRecord:
     rebuilt, obstacle = _prompts(folder, manifest, rows) if manifest and shown else (Rebuilt(), "")
     return RunRecord(
         shared=bool(manifest and manifest.units),
-        path=str(out),
+        name=out.resolve().name or str(out),
         model=manifest.model_path if manifest else "",
         state=status.state,
         samples=status.samples or status.committed,
@@ -86,7 +87,7 @@ def read_record(out: Path) -> RunRecord:
         summary=summary,
         steps=steps,
         estimates=estimates,
-        facts=_facts(out, manifest, summary.get("this_start", summary), estimates or (), rebuilt.chat_template, obstacle)
+        facts=_facts(out, manifest, summary.get("this_start", summary), estimates or (), rebuilt.chat_template, obstacle, rows)
         if manifest
         else (),
         error_rows=error_rows(out, PER_CODE) if status.errors else None,
@@ -146,13 +147,15 @@ def _prompts(folder: OutputFolder, manifest: Manifest, shown: Sequence[Excerpt])
         return Rebuilt(), f"not shown: {error}"
 
 
-def _prompt_facts(prompt: Mapping[str, Any], chat_template: str) -> list[tuple[str, str]]:
-    """How prompts were made: the job's section, and the chat template that applied."""
+def _prompt_facts(prompt: Mapping[str, Any], chat_template: str, columns: Collection[str]) -> list[tuple[str, str]]:
+    """How prompts were made: the job's section, the chat template that applied, and the columns that it leaves to defaults,
+    where these are among `columns`."""
     few_shot, kwargs = prompt.get("few_shot") or {}, prompt.get("chat_template_kwargs") or {}
+    column = prompt.get("messages") or prompt.get("token_ids") or next((each for each in DEFAULTS if each in columns), "")
     examples = f"{counted(few_shot.get('k') or 0, 'example')} of {few_shot.get('path')}, each as\n{few_shot.get('template')}"
     return [
         ("prompt template", prompt.get("template") or ""),
-        ("prompt from column", prompt.get("messages") or prompt.get("token_ids") or ""),
+        ("prompt from column", "" if prompt.get("template") else column),
         ("examples in front", examples if few_shot else ""),
         ("system prompt", prompt.get("system") or ""),
         ("chat template", chat_template or prompt.get("chat_template") or ""),
@@ -161,11 +164,20 @@ def _prompt_facts(prompt: Mapping[str, Any], chat_template: str) -> list[tuple[s
 
 
 def _facts(
-    out: Path, manifest: Manifest, summary: Mapping[str, Any], estimates: Sequence[Estimate], chat_template: str, obstacle: str
+    out: Path,
+    manifest: Manifest,
+    summary: Mapping[str, Any],
+    estimates: Sequence[Estimate],
+    chat_template: str,
+    obstacle: str,
+    shown: Sequence[Excerpt],
 ) -> list[tuple[str, str]]:
     """What the run was: when and where it started, on what, with which settings."""
     job, versions = manifest.job, manifest.versions
-    drawn = {} if job.get("mode") == "score" else job.get("generation", {})
+    prompt, scored = job.get("prompt") or {}, job.get("mode") == "score"
+    columns = {name for each in shown for name, value in each.columns.items() if value is not None}
+    given = str(prompt.get("continuations") or "") if scored else ""
+    drawn = {} if scored else job.get("generation", {})
     defaults = GenerationConfig().model_dump(mode="json")
     always = ("n", "temperature", "max_tokens", "seed")
     chosen = {name: value for name, value in drawn.items() if name in always or value != defaults.get(name)}
@@ -175,11 +187,14 @@ def _facts(
         ("started", manifest.started.replace("T", " ").replace("+00:00", " UTC")),
         ("model", manifest.model_path),
         ("input", f"{job.get('input', {}).get('path', '')} ({counted(manifest.rows, 'row')})"),
-        *_prompt_facts(job.get("prompt") or {}, chat_template),
+        ("output", str(out.resolve())),
+        ("mode", "score" if scored else ""),
+        *_prompt_facts(prompt, chat_template, columns),
+        ("continuations from column", given if given in columns else ""),
         ("settings", settings),
         ("verified by", str(verified.get("kind", ""))),
         ("right", right_from(estimates)),
-        ("estimated", read_estimator(OutputFolder(out)) if verified else ""),
+        ("estimated", read_estimator(OutputFolder(out)) if estimates else ""),
         ("device", " ".join(("CPU" if device == "this processor" else device, _DTYPES.get(summary.get("itemsize", 0), "")))),
         ("prompts", obstacle),
         ("versions", f"tokabatch {versions.tokabatch}, torch {versions.torch}, transformers {versions.transformers}, "

@@ -46,7 +46,8 @@ class RunRecord:
     (label, value).
     """
 
-    path: str
+    name: str
+    """Of the output folder."""
     model: str
     state: str
     samples: int

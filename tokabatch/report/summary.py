@@ -229,9 +229,7 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
     ]
     if summary.tail_seconds:
         share = _share_of_time(summary.tail_seconds, summary.step_seconds)
-        work.append(
-            ("last samples", f"{seconds_text(summary.tail_seconds)}{share} with fewer than half of the samples running")
-        )
+        work.append(("tail", f"{seconds_text(summary.tail_seconds)}{share}: fewer than half of the samples still running"))
     if not summary.steps:
         work = [("time", seconds_text(summary.seconds)), ("computed", "nothing; all samples were there already")]
         work = work if not summary.pending and summary.ok else work[:1]

@@ -91,8 +91,8 @@ def estimator(rule: StopRule | None) -> str:
         samples = first_counted(rule.majority, "sample")
         return f"of the {samples} of each row, which no row stops before; pass@k by Chen et al. (2021)"
     return (
-        f"of rows that stopped at right sample {rule.after_correct}, without that sample, which the rule made right: pass@k by "
-        "Chen et al. (2021) of N - 1 samples, as is unbiased (Girshick et al., 1946); of the others, of all samples"
+        "pass@k by Chen et al. (2021) of all samples of a row. Rows that stopped at right sample "
+        f"{rule.after_correct} count without it, as it is right by the rule and not by chance (Girshick et al., 1946)"
     )
 
 

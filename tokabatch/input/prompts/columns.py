@@ -11,7 +11,8 @@ from tokabatch.input.prompts.templates import Template, compile_template
 from tokabatch.job import Job, PromptConfig
 from tokabatch.number_text import first_counted
 
-PROMPT, MESSAGES, TOKEN_IDS = "prompt", "messages", "prompt_token_ids"
+DEFAULTS = PROMPT, MESSAGES, TOKEN_IDS = "prompt", "messages", "prompt_token_ids"
+"""The columns that a prompt is taken from if the job names none, the first that is there."""
 FIRST_ROWS = 1000
 """If none of this many first rows has a column that every prompt needs, the rest of the input is not read."""
 
@@ -68,7 +69,7 @@ class PromptColumns:
             return ()
         if config.few_shot:
             return (PROMPT,)
-        return (PROMPT, MESSAGES) if config.system else (PROMPT, MESSAGES, TOKEN_IDS)
+        return (PROMPT, MESSAGES) if config.system else DEFAULTS
 
 
 def check_columns(job: Job, prompt: PromptColumns, present: Collection[str]) -> None:
