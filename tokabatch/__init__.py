@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokabatch.api import plan, run
-    from tokabatch.errors import EngineError, JobError, OutputError, TokabatchError, UsageError
+    from tokabatch.errors import (
+        DamageError,
+        EngineError,
+        InputError,
+        JobError,
+        ModelError,
+        OutputError,
+        Stopped,
+        TokabatchError,
+        UsageError,
+    )
     from tokabatch.job import Job
     from tokabatch.report.plan_report import PlanReport
     from tokabatch.report.progress import Progress, ProgressSnapshot
@@ -26,14 +36,18 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 __version__ = "0.1.0"
 __all__ = [
+    "DamageError",
     "EngineError",
+    "InputError",
     "Job",
     "JobError",
+    "ModelError",
     "OutputError",
     "PlanReport",
     "Progress",
     "ProgressSnapshot",
     "RunSummary",
+    "Stopped",
     "TokabatchError",
     "UsageError",
     "__version__",
@@ -48,7 +62,11 @@ _HOME = {
     "ProgressSnapshot": "tokabatch.report.progress",
     "RunSummary": "tokabatch.report.summary",
     **dict.fromkeys(("plan", "run"), "tokabatch.api"),
-    **dict.fromkeys(("EngineError", "JobError", "OutputError", "TokabatchError", "UsageError"), "tokabatch.errors"),
+    **dict.fromkeys(
+        ("DamageError", "EngineError", "InputError", "JobError", "ModelError", "OutputError", "Stopped", "TokabatchError"),
+        "tokabatch.errors",
+    ),
+    "UsageError": "tokabatch.errors",
 }
 
 

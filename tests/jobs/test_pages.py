@@ -12,7 +12,7 @@ import pytest
 import typer
 import yaml
 
-import tokabatch.errors
+import tokabatch
 from tokabatch import Job
 from tokabatch.cli import app, main
 from tokabatch.cli.plan import all_sections
@@ -124,8 +124,10 @@ def test_the_python_of_the_page_of_jobs_runs_as_it_is_written(tmp_path, monkeypa
     assert len(names["samples"]) == 8
     exec(program.replace('"generation.n=4"', '"generation.n=2"').replace("print(plan(job))", ""), names)
     assert re.search("nothing was computed: .*generation.n", capsys.readouterr().out, re.DOTALL)
-    named = re.findall(r"^\| `(\w+)` \|.*$", section, re.MULTILINE)
-    assert all(hasattr(tokabatch.errors, name) for name in named) and len(named) == 3
+    errors = re.findall(r"`(\w+Error|Stopped)`", section)
+    assert len(errors) == 9 and all(hasattr(tokabatch, name) for name in errors)
+    fields = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[a-z].*?) \|", section, re.MULTILINE)))
+    assert len(fields) > 20 and all(hasattr(names["summary"], name) for name in fields)
 
 
 WORDS = {

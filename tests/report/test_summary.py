@@ -157,9 +157,7 @@ class TestPlan:
         assert shown["KV cache"] == "24 MiB (1,024 pages, 16,384 tokens)"
         assert shown["tokenized input"].startswith("3 KiB on disk") and shown["finished samples"].startswith("at most 5 MiB")
         assert shown["output"].startswith("at most 7 GiB of disk")
-        assert shown["time"].startswith(
-            "at least 1:30 if every sample has max_tokens tokens; --simulate predicts it\n(this CPU, by"
-        )
+        assert shown["time"].startswith("at least 1:30 (this CPU, by")
 
     def test_memory_of_a_gpu_is_measured_at_start_and_assumed_for_another(self) -> None:
         here = replace(REPLICA, measured_at_start=True)
@@ -242,7 +240,7 @@ class TestRender:
             "right": "3",
             "still to be judged": "3, computed without a verdict so far",
             "without a verdict": "3, as the judge could not judge them; they count as wrong",
-            "of another judge": "3, whose verdicts count nowhere",
+            "judged earlier": "3 by another verifier, which does not count",
             "pending": "3, still to be computed",
         }
 

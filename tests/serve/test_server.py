@@ -268,7 +268,7 @@ def test_a_server_with_a_key_finishes_what_runs_when_it_is_stopped(folder):
     url = str(server.client.base_url)
     pinged = [sys.executable, "-m", "tokabatch", "ping", "hello", "--url", url, "--api-key", "sécret", "--max-tokens", "5"]
     assert subprocess.run(pinged, capture_output=True, text=True, check=True).stdout.strip()
-    assert any(f'tokabatch ping --url {url} --api-key KEY "' in line for line in server.told)
+    assert any(f"tokabatch ping --url {url} --api-key KEY --chat " in line for line in server.told)
     with ThreadPoolExecutor() as pool:
         running = pool.submit(server.texts, prompt="last", max_tokens=400, ignore_eos=True, n=1)
         while server.metric("samples_unfinished") < 1:

@@ -87,6 +87,10 @@ def _coloured(text: str) -> str:
     return said + "".join(re.sub(r"(?<=^  )\S.*?(?=  |$)", "\x1b[36m\\g<0>\x1b[0m", each, flags=re.M) for each in lists)
 
 
+_LONG = frozenset({"run", "plan", "batch", "score", "serve"})
+"""Commands that take long. The line that the others write at once would be noise in the log of a script."""
+
+
 class Command(TyperCommand):
     """A command that writes a line at once, before anything slow is imported, and that names what is missing or misspelled in
     its arguments, with what to write instead."""
@@ -95,7 +99,7 @@ class Command(TyperCommand):
         return _coloured(super().get_help(ctx))
 
     def invoke(self, ctx: Any) -> Any:
-        if not ctx.params.get("quiet"):
+        if not ctx.params.get("quiet") and (ctx.info_name in _LONG or sys.stderr.isatty()):
             subject = next((f" {ctx.params[name]}" for name in _SUBJECTS if ctx.params.get(name)), "")
             print(f"tokabatch {__version__}: {ctx.info_name}{subject}", file=sys.stderr, flush=True)
         return super().invoke(ctx)
@@ -208,6 +212,9 @@ def _message(error: Any, params: Sequence[Any], *, near_ones: bool = True) -> st
     option = getattr(error, "option_name", None)
     names = [name for each in params for name in each.opts if name.startswith("-")]
     has = {*names, *(each.name for each in params)}
+    if option is None and type(error).__name__ == "MissingParameter" and error.param is not None:
+        option, value = error.param.opts[0], error.param.metavar or "VALUE"
+        return f"{f'{option} {value}' if option.startswith('-') else value} is missing"
     if option is None or option in names:
         return error.format_message().rstrip(".")
     starting = [name for name in names if name.startswith(option) and option.startswith("--")]

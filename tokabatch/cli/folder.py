@@ -109,7 +109,7 @@ def report(
       tokabatch report out/quickstart --to page.html
     """
     if to is not None and to.suffix.lower() not in (".html", ".htm"):
-        named = to.with_suffix(".html") if to.name.strip(".") else to / "report.html"
+        named = to / "report.html" if to.is_dir() or not to.name.strip(".") else to.with_suffix(".html")
         raise UsageError(f"--to {to}: the page is HTML; name {named} (a browser prints it as PDF)")
     found = read_state(out)
     if to is not None:

@@ -97,7 +97,7 @@ def keys(
             metavar="SECTION", help="A section or a key; default: all.", show_default=False, autocompletion=_complete_section
         ),
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the keys as tables in Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the keys as lists in Markdown.")] = False,
 ) -> None:
     """Explain the keys of a job file and of a server.
 
@@ -121,9 +121,10 @@ def keys(
                 raise UsageError(f"there is no section or key {section}; {reason}")
             by_leaf = {name.rpartition(".")[2]: name for name in names} | {name: name for name in names}
             ours = elsewhere.our_name(path)
-            near = [ours] if ours in by_leaf else get_close_matches(section, by_leaf, n=1)
+            begun = sorted(leaf for leaf in by_leaf if leaf.startswith(section))
+            near = [ours] if ours in by_leaf else begun or get_close_matches(section, by_leaf, n=1)
             hint = (
-                f"did you mean `{by_leaf[near[0]]}`?"
+                f"did you mean {' or '.join(f'`{by_leaf[leaf]}`' for leaf in near[:3])}?"
                 if near
                 else f"there are {', '.join(each.name for each in sections if each.name)}"
             )

@@ -28,8 +28,8 @@ class Setting:
 
 
 class GenerationConfig(Section):
-    """How samples are drawn. A row may override any of these with a struct in its column sampling_params. null stands for
-    a key's default; in a row, for the job's value."""
+    """How samples are drawn. A row may override any of these with a struct in its column sampling_params. A key that
+    is null has its default; in a row, the job's value."""
 
     n: fields.Samples = Field(default=1, description="Samples per row.")
     temperature: fields.Temperature = Field(
@@ -40,9 +40,7 @@ class GenerationConfig(Section):
     )
     top_k: fields.OptionalTopK = Field(default=None, description="Keep only the k most likely tokens.")
     min_p: fields.MinP = Field(default=0.0, description="Drop tokens below this fraction of the most likely one's probability.")
-    max_tokens: fields.MostTokens = Field(
-        default=256, description="Maximum length of a sample, in tokens; null means 256, too."
-    )
+    max_tokens: fields.MostTokens = Field(default=256, description="Maximum length of a sample, in tokens; null: 256.")
     stop: fields.Texts = Field(default=(), description="Texts that end a sample.")
     stop_token_ids: fields.TokenIds = Field(default=(), description="Token ids that end a sample, besides the model's own.")
     ignore_eos: fields.Flag = Field(default=False, description="Do not end at the model's end-of-sequence tokens.")

@@ -155,6 +155,10 @@ def _read_text(path: pathlib.Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
+        if re.match(r"[\w.]+=", str(path)):
+            raise JobError(
+                f"{path}: is an override, and the job file comes before it: JOB.yaml {shlex.quote(str(path))}"
+            ) from None
         folder = path.parent
         others = sorted(str(other) for pattern in ("*.yaml", "*.yml") for other in folder.glob(pattern))
         meant = get_close_matches(str(path), others, n=1, cutoff=0.8)
@@ -263,7 +267,7 @@ def _located(draft: _Draft, refusal: Refusal) -> tuple[int, str]:
     above = [key for key in draft.overrides if refusal.path[: len(key)] == key]
     if above:
         override = draft.overrides[max(above, key=len)]
-        return _rank(list(draft.overrides.values()).index(override)), refusal.in_override(override)
+        return _rank(list(draft.overrides.values()).index(override)), refusal.in_override(override, draft.model)
     prefixes = (refusal.path[:end] for end in range(len(refusal.path), 0, -1))
     line = next((draft.lines[prefix] for prefix in prefixes if prefix in draft.lines), None)
     if line is None:

@@ -57,14 +57,16 @@ class Refusal:
         subject = f"{self.key}: " if self.key else ""
         return f"{where}: {subject}{self.message}{remedy}"
 
-    def in_override(self, override: str) -> str:
-        """Phrase the refusal of an override `key=value`, with the remedy as an override."""
+    def in_override(self, override: str, model: type[BaseModel]) -> str:
+        """Phrase the refusal of an override `key=value` of a key of `model`, with the remedy as an override."""
         key, _, value = override.partition("=")
         subject = "" if key.strip() == self.key else f"{self.key}: "
         if self.suggestion:
             inside = self.key.startswith(f"{key.strip()}.")
             behind = key.strip().removeprefix(self.key)
+            known = field_at(model, tuple(f"{self.suggestion}{behind}".split("."))) is not None
             meant = self.suggestion.rpartition(".")[2] if inside else f"{self.suggestion}{behind}={value}"
+            meant = meant if inside or known else self.suggestion
             return f"override `{override}`: {subject}{self.message}; did you mean `{meant}`?"
         # An item of a list is given with its whole list.
         whole = dotted(tuple(takewhile(lambda part: isinstance(part, str), self.path)))

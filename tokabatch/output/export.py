@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -215,7 +216,7 @@ def _check_shards(folder: OutputFolder, shards: Sequence[ListedFile], selection:
     if selection.where in ("correct", "wrong") and CORRECT.name not in verdict_names(_schema(shards[0])):
         raise OutputError(
             f"--where {selection.where}: the run was not verified, so no sample is known to be right or wrong; use ok or "
-            "error, or judge them first: tokabatch score OUT verify.kind=KIND verify.answer=COLUMN"
+            f"error, or judge them first: tokabatch score {quote(str(folder.path))} verify.kind=KIND verify.answer=COLUMN"
         )
     if selection.nested and _SAMPLES in names and (selection.columns is None or _SAMPLES in selection.columns):
         raise OutputError(f"the input has a column named {_SAMPLES!r}, which --nested uses itself; export without it")

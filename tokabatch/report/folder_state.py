@@ -17,7 +17,7 @@ _EXPLAINED = {
     "pending": ("pending", ", still to be computed"),
     "unjudged": ("still to be judged", ", computed without a verdict so far"),
     "without_verdict": ("without a verdict", ", as the judge could not judge them; they count as wrong"),
-    "of_another_judge": ("of another judge", ", whose verdicts count nowhere"),
+    "of_another_judge": ("judged earlier", " by another verifier, which does not count"),
 }
 """Figures that are left out where they are 0: the label, and what follows the number."""
 

@@ -173,8 +173,8 @@ def _time(least: tuple[float, str] | None, simulated: bool) -> str:
     if least is None:
         return f"not known for this device{'' if simulated else '; --simulate --device predicts it for another one'}"
     seconds, described = least
-    remedy = "" if simulated else "; --simulate predicts it"
-    return f"at least {seconds_text(seconds)} if every sample has max_tokens tokens{remedy}\n({described})"
+    remedy = "" if simulated else "\n--simulate predicts the actual time"
+    return f"at least {seconds_text(seconds)} ({described})\nif every sample reaches max_tokens{remedy}"
 
 
 def _plan_replica(replica: ReplicaFacts) -> tuple[tuple[str, str], ...]:

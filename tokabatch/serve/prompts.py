@@ -34,6 +34,11 @@ class Prompts:
         self._waiting: list[tuple[Rows, asyncio.Future[list[Prompt | RowError]]]] = []
         self._busy: asyncio.Task[None] | None = None
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be answered."""
+        return bool(self._chat.chat_template)
+
     def limit(self, context: int) -> None:
         """From the next prompt on, limit the tokens of a prompt and its sample to this number."""
         config, generation, tokenizer, limits = self._made_of

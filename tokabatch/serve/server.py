@@ -145,7 +145,8 @@ async def _serve(
             url = f"http://{host if ':' not in host else f'[{host}]'}:{port}"
             tell(f"{config.name} is served at {url}/v1; Ctrl-C stops it")
             key = "" if server.api_key is None else " --api-key KEY"
-            tell(f'a prompt from another terminal: tokabatch ping --url {url}{key} "Question: what is 3 + 4?"')
+            example = "--chat 'What is 3 + 4?'" if prompts.has_chat_template else r"$'Question: What is 3 + 4?\nAnswer:'"
+            tell(f"a prompt from another terminal: tokabatch ping --url {url}{key} {example}")
             await asyncio.wait((*watching, serving), return_when=asyncio.FIRST_COMPLETED)
         api.draining = True
         closing = asyncio.gather(*([] if batches is None else [batches.close()]))
@@ -259,7 +260,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         reason = error.strerror or str(error)
-        remedy = "choose others (server.host, server.port)"
+        remedy = f"choose another port, such as server.port={port + 1 if port < 65535 else 8000}, or another server.host"
         raise UsageError(f"server.port: {host}:{port} cannot be listened on: {reason}; {remedy}") from error
     return listener
 

@@ -38,7 +38,8 @@ def normalise_messages(value: Any, column: str) -> list[Message] | RowError:
     if not isinstance(value, list):
         is_json = isinstance(value, str) and value.lstrip().startswith("[")
         what = "text that is not valid JSON" if is_json else kind_of(value)
-        return RowError("bad_type", f"the column {column!r} must hold a list of messages, not {what}")
+        remedy = f'; a text is taken as `template: "{{{{ {column} }}}}"`' if isinstance(value, str) and not is_json else ""
+        return RowError("bad_type", f"the column {column!r} must hold a list of messages, not {what}{remedy}")
     if not value:
         return RowError("empty_prompt", f"the column {column!r} holds no message")
     messages: list[Message] = []

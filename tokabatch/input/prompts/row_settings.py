@@ -111,6 +111,6 @@ def refuse_beyond_context(generation: GenerationConfig, context_length: int) -> 
     if generation.max_tokens != "context" and generation.max_tokens >= context_length:
         raise JobError(
             f"generation.max_tokens is {generation.max_tokens}, but the model's context is {counted(context_length, 'token')}, "
-            f"prompt included; write at most {context_length - 1} less the tokens of the longest prompt, or `max_tokens: "
-            "context`, which is what each prompt leaves"
+            "prompt included; write `max_tokens: context`, which is what each prompt leaves of it, or a number that leaves "
+            "room for the longest prompt"
         )
