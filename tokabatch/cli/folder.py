@@ -119,7 +119,7 @@ def report(
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     with _noting_replaced(to):
         print_result(str(import_module("tokabatch.report.review").write_report(out, to)))
-    _note_incomplete(out, found.committed, found.samples)
+    _note_incomplete(out, found.committed, found.samples, (found.unjudged or 0) + (found.of_another_judge or 0))
 
 
 def check(out: OutArgument) -> None:
@@ -192,21 +192,26 @@ def score(
             raise typer.Exit(stopped.exit_code) from None
     where = f"in {counted(scored.files, 'file')}" if to is None else f"into {to}"
     right = "" if to is None else f", {scored.right:,} right ({scored.right / max(1, scored.judged):.1%})"
-    print_note(f"{out}: {counted(scored.judged, 'sample')} judged {where}{right}")
+    judged = f"{counted(scored.judged, 'sample')} judged {where}{right}"
+    if to is None and not scored.files and scored.done:
+        judged = "no sample is still to be judged" if scored.stops_rows else "every sample has a verdict"
+    print_note(f"{out}: {judged}")
     if to is not None:
         _note_incomplete(out, scored.done, scored.samples)
     for reason, number in scored.reasons.most_common(3):
         print_note(f"no verdict for {counted(number, 'sample')}, counted as wrong: {reason}")
     if others := others_text(scored.reasons, 3):
         print_note(others)
+    summary = import_module("tokabatch.report.summary")
+    if to is not None and scored.judged and not scored.right and not scored.silent:
+        print_note(": ".join(summary.NONE_RIGHT))
     if to is None:
-        verdicts = import_module("tokabatch.report.summary").verdict_sections
         folder = import_module("tokabatch.output.folder").OutputFolder(out)
         how = import_module("tokabatch.report.run_estimates").read_estimator(folder)
-        print_note(verdicts(scored.estimates, scored.done, scored.samples, how))
+        unclear = [] if scored.silent else summary.none_right(scored.estimates, scored.stops_rows)
+        print_note(summary.verdict_sections(scored.estimates, scored.done, scored.samples, how, more=unclear))
     if scored.silent:
-        advice = import_module("tokabatch.report.summary").no_verdict_text
-        print_note(advice(scored.stops_rows, "give the same command again"))
+        print_note(summary.no_verdict_text(scored.stops_rows, "give the same command again"))
         raise typer.Exit(EXIT_ERRORS)
 
 
@@ -308,7 +313,7 @@ def export(
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             raise typer.Exit(stopped.exit_code) from None
-    _note_incomplete(out, exported.done, exported.planned)
+    _note_incomplete(out, exported.done, exported.planned, exported.unjudged)
     if str(to) != "-":
         samples, rows = counted(exported.samples, "sample"), counted(exported.rows, "row")
         print_note(f"{to}: {samples} of {rows}, {counted(exported.bytes, 'byte')}")
@@ -325,12 +330,14 @@ def _noting_replaced(target: Path | None) -> Generator[None]:
         print_message(f"replaced {target}")
 
 
-def _note_incomplete(out: Path, done: int, samples: int | None) -> None:
+def _note_incomplete(out: Path, done: int, samples: int | None, unjudged: int = 0) -> None:
     folder = import_module("tokabatch.output.folder").OutputFolder(out)
     manifest = import_module("tokabatch.output.manifest").read_manifest(folder)
     job = manifest.job if manifest is not None else {}
-    if (note := import_module("tokabatch.report.folder_state").incomplete_note(done, samples, job)) is not None:
-        print_message(note)
+    state = import_module("tokabatch.report.folder_state")
+    for note in (state.incomplete_note(done, samples, job), state.unjudged_note(out, done, unjudged)):
+        if note is not None:
+            print_message(note)
 
 
 def write_batch(out: Path, to: Path, errors: Path | None) -> str:

@@ -37,7 +37,7 @@ from tokabatch.output.manifest import read_manifest
 from tokabatch.output.remedy import refuse_faults, refuse_other_verdicts, refuse_unrecorded
 from tokabatch.output.schema import CORRECT, input_names, own_names, verdict_names
 from tokabatch.output.scratch import scratch_folder
-from tokabatch.output.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, open_shard, read_groups
+from tokabatch.output.shards import ARROW_BYTES_KEY, PARQUET_OPTIONS, count_unjudged, open_shard, read_groups
 from tokabatch.storage.listing import ListedFile, consistently, is_there
 from tokabatch.storage.write_errors import or_else, reason
 
@@ -67,13 +67,15 @@ class Selection:
 @dataclass(slots=True)
 class Exported:
     """What was written: `rows` of the input with `samples` in total, in `bytes`. `done` of the run's `planned` samples were
-    there, whichever were selected; how many are planned is unknown without a manifest."""
+    there, whichever were selected, and `unjudged` of them are still to be judged; how many are planned is unknown without a
+    manifest."""
 
     rows: int = 0
     samples: int = 0
     bytes: int = 0
     done: int = 0
     planned: int | None = None
+    unjudged: int = 0
 
 
 def export(
@@ -121,7 +123,8 @@ def _export(
     place = target.absolute().parent if isinstance(target, Path) else Path(tempfile.gettempdir())
     with open_ordered(shards, place, needed, whole_rows=selection.nested) as (schema, ordered, scratch):
         manifest = read_manifest(folder)
-        exported = Exported(done=sum(map(_num_rows, shards)), planned=manifest and manifest.samples)
+        unjudged = sum(count_unjudged(table) for shard in shards for table in read_groups(shard, ("verify_error",)))
+        exported = Exported(done=sum(map(_num_rows, shards)), planned=manifest and manifest.samples, unjudged=unjudged)
         tables = _shaped(ordered, selection, exported)
         shaped = next(_shaped(iter([schema.empty_table()]), selection, Exported())).schema
         restore = partial(parse_json_texts, schema=schema, names=input_names(schema))

@@ -79,6 +79,14 @@ def incomplete_note(done: int, samples: int | None, job: Mapping[str, Any]) -> s
     return f"warning: the run is incomplete: {samples_so_far(done, samples)}{longer}"
 
 
+def unjudged_note(out: Path, done: int, unjudged: int) -> str | None:
+    """What is said beside an export or a page if `unjudged` of `done` samples are still to be judged."""
+    if not unjudged:
+        return None
+    left = f"{unjudged:,} of {counted(done, 'sample')} {'has' if unjudged == 1 else 'have'} no verdict yet"
+    return f"warning: {left}; `tokabatch score {quote(str(out))}` judges {'it' if unjudged == 1 else 'them'}"
+
+
 def share_sections(shares: Mapping[str, Any]) -> tuple[Section, ...]:
     """Describe which process computes what of a shared run: its units, and a line for each active process."""
     rows = [("units", f"{count_text(shares['units'])}, {count_text(shares['complete'])} of them complete")]

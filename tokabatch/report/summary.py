@@ -29,6 +29,7 @@ _TOTALS = (
 """The fields of a summary that are not of one start alone."""
 _LONG, _NOTES = 60.0, 3
 """The seconds of a run after which notes of its start may have left the screen, and how many of them are shown again."""
+NONE_RIGHT = ("none is right", "check the judge, the form of the references, and whether samples are cut off")
 _PARTIAL = "the first to finish may differ from the rest"
 
 
@@ -257,19 +258,30 @@ def run_sections(summary: RunSummary, verbose: bool = False) -> tuple[Section, .
         unclear = (
             [("without a verdict", f"{counted(summary.unverified, 'sample')}, counted as wrong")] if summary.unverified else []
         )
-        # Where a right sample ends a row (verify.stop), an estimate of zero does not say that none is right.
-        if not summary.stops_rows and any(each.name == "pass@1" and not each.value for each in summary.estimates):
-            unclear.append(("none is right", "check the judge, the form of the references, and whether samples are cut off"))
-        why = [("because", reason) for reason in summary.unverified_reasons]
-        (verified,) = verdict_sections(summary.estimates, summary.samples - summary.pending, summary.samples, summary.estimator)
-        sections.append(Section(verified.title, (*verified.rows, *unclear, *why)))
+        unclear += none_right(summary.estimates, summary.stops_rows)
+        unclear += [("because", reason) for reason in summary.unverified_reasons]
+        done = summary.samples - summary.pending
+        sections += verdict_sections(summary.estimates, done, summary.samples, summary.estimator, more=unclear)
     return tuple(sections)
 
 
+def none_right(estimates: Sequence[Estimate], stops_rows: bool) -> list[tuple[str, str]]:
+    """Advice where no sample is right. Where a right sample ends a row (verify.stop), an estimate of zero does not say so."""
+    found = not stops_rows and any(each.name == "pass@1" and not each.value for each in estimates)
+    return [NONE_RIGHT] if found else []
+
+
 def verdict_sections(
-    estimates: Sequence[Estimate], done: int, samples: int | None, estimator: str = "", *, unjudged: int = 0
+    estimates: Sequence[Estimate],
+    done: int,
+    samples: int | None,
+    estimator: str = "",
+    *,
+    unjudged: int = 0,
+    more: Sequence[tuple[str, str]] = (),
 ) -> tuple[Section, ...]:
-    """What the verdicts say, of `done` samples of so many, `unjudged` of which are still to be judged; `estimator` says how."""
+    """What the verdicts say, of `done` samples of so many, `unjudged` of which are still to be judged; `estimator` says how,
+    `more` follows."""
     rows = [(each.name, f"{each.value:.4f} {each.interval('.4f')}") for each in distinct(estimates)]
     if estimates:
         rows.append(("in brackets", "95% intervals over the rows"))
@@ -279,7 +291,7 @@ def verdict_sections(
         rows = [("no estimate", f"{samples_so_far(done, samples)}; {_PARTIAL}")]
     elif unjudged:
         rows = [("no estimate", f"{counted(unjudged, 'sample')} still to be judged")]
-    return (Section("Verified", tuple(rows)),)
+    return (Section("Verified", (*rows, *more)),)
 
 
 def _engine(summary: RunSummary) -> list[tuple[str, str]]:
