@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import typer
-from support.scripted_run import scripted_run
+from support.scripted_run import scripted_job, scripted_run
 
+from tokabatch import Job, run
 from tokabatch.cli import folder as commands
-from tokabatch.errors import Stopped
+from tokabatch.errors import OutputError, Stopped
 from tokabatch.output.status import read_status
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.score import score
@@ -98,3 +99,48 @@ def test_where_all_are_judged_it_says_so(rows: Path, judge: Path, tmp_path: Path
     assert told_by_score(capsys, out)[0].startswith(f"{out}: every sample has a verdict Verified")
     judge.write_text(OPTION)
     assert told_by_score(capsys, out)[0].startswith(f"{out}: 12 samples judged in 1 file ")
+
+
+def test_another_verifier_gets_no_options_of_the_earlier_one(
+    rows: Path, judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, first = tmp_path / "out", tmp_path / "first.py"
+    first.write_text(OPTION)
+    monkeypatch.chdir(tmp_path)
+    scripted_run(rows, out, verify={"kind": "./first.py", "answer": "answer", "options": {"ci": True}})
+    first.write_text(OPTION + "\n")
+    told_by_score(capsys, out, "verify.kind=first.py")
+    assert read_status(out).correct == 12, "the same file has its options"
+    _, noted = told_by_score(capsys, out, f"verify.kind={judge}")
+    assert f'verify.options {{"ci": true}} of first.py are not passed to {judge}; write options of its own as' in noted
+    assert read_status(out).correct == 12
+    _, noted = told_by_score(capsys, out, "verify.kind=./first.py", "verify.options.ci=true")
+    assert not noted and read_status(out).correct == 12
+    told_by_score(capsys, out, "verify.kind=exact")
+    assert read_status(out).correct == 0, "exact has the answer's column of before"
+
+
+@pytest.mark.parametrize("options", [{}, {"ci": True, "words": "a, b: {c}"}])
+def test_the_job_of_a_folder_that_was_judged_is_told_which_section_it_needs(
+    options: dict[str, object], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, judge = tmp_path / "out", tmp_path / "judge.py"
+    judge.write_text("def verify(text, row, **options): return True\n")
+    scripted_run(rows, out)
+    given = (f"verify.kind={judge}", "verify.answer=answer", *([f"verify.options={json.dumps(options)}"] if options else []))
+    said, _ = told_by_score(capsys, out, *given)
+    section = said.partition("to continue this run, its job must say `")[2].partition("`")[0]
+    if not options:
+        assert section == f"verify: {{kind: {judge}, answer: answer}}"
+    with pytest.raises(OutputError) as refused:
+        scripted_run(rows, out)
+    advice = f"write `{section}` into the job; or choose another output.path."
+    assert str(refused.value).endswith(f"To continue the run with its verdicts, {advice}")
+    assert "this job has no section `verify`:\n  verify.kind: " in str(refused.value)
+    file = tmp_path / "job.yaml"
+    sections = {name: value for name, value in scripted_job(rows, out).given().items() if name != "verify"}
+    file.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in sections.items()) + f"\n{section}\n")
+    assert run(Job.load(file)).ok == 12
+    # What no verdict depends on needs no place in the job.
+    assert "its job must say" not in told_by_score(capsys, out, "verify.processes=1")[0]
+    assert "its job must say" not in told_by_score(capsys, out)[0]

@@ -210,6 +210,8 @@ def score(
         how = import_module("tokabatch.report.run_estimates").read_estimator(folder)
         unclear = [] if scored.silent else summary.none_right(scored.estimates, scored.stops_rows)
         print_note(summary.verdict_sections(scored.estimates, scored.done, scored.samples, how, more=unclear))
+    if scored.section:
+        print_note(f"to continue this run, its job must say `{scored.section}`")
     if scored.silent:
         print_note(summary.no_verdict_text(scored.stops_rows, "give the same command again"))
         raise typer.Exit(EXIT_ERRORS)

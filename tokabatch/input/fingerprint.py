@@ -31,8 +31,8 @@ UNKNOWN = ""
 _SHOWN = 60
 _FILE_MARK = re.compile(r'"?([0-9,]+ bytes?), sha256 [0-9a-f]{64}"?')
 _JUDGE = "verifier/"
-_PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z_./][\w./:-]*", re.ASCII)
-"""Text that needs no quotes in an override."""
+_PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z_./][\w./:-]*(?<!:)", re.ASCII)
+"""Text that needs no quotes in an override, nor in a mapping of YAML."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +108,25 @@ def verify_overrides(earlier: Fingerprint, now: Fingerprint) -> list[str]:
         for name in earlier.settings.keys() - named.keys()
         if name.startswith("verify.")
     }
-    consent = {"verify.allow_code_execution": True} if values["verify.kind"] == "code" else {}
-    written = (
-        (name, value if isinstance(value, str) and _PLAIN.fullmatch(value) else json.dumps(value, ensure_ascii=False))
-        for name, value in (values | gone | consent).items()
-    )
-    return [f"{name}={text}" for name, text in written]
+    return [f"{name}={_written(value)}" for name, value in (values | gone | _consent(values)).items()]
+
+
+def verify_section(settings: Mapping[str, str]) -> str:
+    """Return, as one line of YAML, the section of a job that judges as these settings of a fingerprint do; empty if they judge
+    nothing."""
+    named = {name: json.loads(value) for name, value in settings.items() if name.startswith("verify.")}
+    values = {name: value for name, value in (named | _consent(named)).items() if value is not None}
+    listed = ", ".join(f"{name.removeprefix('verify.')}: {_written(value)}" for name, value in values.items())
+    return f"verify: {{{listed}}}" if values else ""
+
+
+def _consent(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"verify.allow_code_execution": True} if values.get("verify.kind") == "code" else {}
+
+
+def _written(value: Any) -> str:
+    """Write a value as in an override or in YAML."""
+    return value if isinstance(value, str) and _PLAIN.fullmatch(value) else json.dumps(value, ensure_ascii=False)
 
 
 def is_of_verify(name: str) -> bool:

@@ -16,7 +16,14 @@ import numpy as np
 
 from tokabatch.arrays import Bool
 from tokabatch.errors import DamageError, OutputError
-from tokabatch.input.fingerprint import Fingerprint, changed_settings, changed_sizes, is_of_verify, verify_overrides
+from tokabatch.input.fingerprint import (
+    Fingerprint,
+    changed_settings,
+    changed_sizes,
+    is_of_verify,
+    verify_overrides,
+    verify_section,
+)
 from tokabatch.input.rows import NO_PLACES, RowPlaces
 from tokabatch.input.store.row_digests import RowDigests
 from tokabatch.number_text import counted, first_counted
@@ -145,6 +152,10 @@ class EarlierRun:
             advice = f"The samples are the same: `{command}` judges them by this job's verifier; then the run can be continued."
             is_judged = "verify.kind" in self.manifest.fingerprint.settings
             what = "holds a run that another verifier judged" if is_judged else "holds a run that was not judged"
+        elif now is not None and all(is_of_verify(difference) for difference in differences):
+            section = verify_section(self.manifest.fingerprint.settings)
+            advice = f"To continue the run with its verdicts, write `{section}` into the job; or choose another output.path."
+            what = "holds a run whose samples were judged, and this job has no section `verify`"
         elif any(difference.startswith("model.dtype: ") for difference in differences):
             then = json.loads(self.manifest.fingerprint.settings["model.dtype"])
             advice += f" With model.dtype={then} that run is continued (auto follows the device)."

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 
 from tokabatch.errors import EXIT_COMPLETE, EXIT_ERRORS, EXIT_STOPPED, JobError, OutputError, Stopped
 from tokabatch.input.files.arrow_rows import python_rows
-from tokabatch.input.fingerprint import is_of_verify, verify_settings
+from tokabatch.input.fingerprint import is_of_verify, verify_section, verify_settings
 from tokabatch.input.store.json_types import parse_json_texts
-from tokabatch.job import Job, VerifyConfig
+from tokabatch.job import Job
 from tokabatch.number_text import counted
 from tokabatch.output.claim import Claim
 from tokabatch.output.existing_results import replace_shard
@@ -37,10 +37,8 @@ from tokabatch.output.manifest import (
     Books,
     Manifest,
     mark_success,
-    read_job,
     read_manifest,
     read_summary,
-    without_manifest,
     write_manifest,
     write_summary,
 )
@@ -63,6 +61,7 @@ from tokabatch.report.progress import NullProgress, Progress, ProgressSnapshot
 from tokabatch.report.run_estimates import read_estimates, read_estimator
 from tokabatch.runner.interruption import Interruption
 from tokabatch.runner.judge_again import Which, judge_again, num_lacking
+from tokabatch.runner.judging_job import job_to_judge, manifest_to_judge
 from tokabatch.scheduling.contracts import NOT_JUDGED
 from tokabatch.scoring.estimates import Estimate
 from tokabatch.scoring.pool import JudgePool, open_pool
@@ -70,6 +69,8 @@ from tokabatch.storage.atomic_files import DurableFiles, write_whole
 from tokabatch.storage.listing import ListedFile, consistently
 from tokabatch.storage.write_errors import unwritable
 
+_LIMITS = ("verify.processes=", "verify.seconds=", "verify.memory_bytes=", "verify.allow_code_execution=")
+"""Overrides on which no verdict depends, or none that is given."""
 _UNTOUCHED = "stopped before the first verdict: the folder is as it was"
 
 
@@ -90,6 +91,8 @@ class Scored:
     """Whether there are samples, and the judge could judge none of them."""
     stops_rows: bool = False
     """Whether verdicts stopped rows, so that the folder's cannot be replaced."""
+    section: str = ""
+    """The section `verify` that a job must have to continue the run, if overrides say how the folder is judged."""
 
 
 def score(
@@ -106,10 +109,10 @@ def score(
     interrupts it: verdicts that are there by then are kept, and its message says so.
     """
     stop, display = stop or Interruption(), _Display(progress or NullProgress())
-    _manifest(OutputFolder(path))
+    manifest_to_judge(OutputFolder(path))
     with Claim(path) as claim:
-        manifest = _manifest(claim.folder)
-        job = _job(claim.folder, manifest, overrides)
+        manifest = manifest_to_judge(claim.folder)
+        job = job_to_judge(claim.folder, manifest, overrides, display.progress.message)
         assert job.verify is not None
         pool = open_pool(job.verify)
         try:
@@ -143,7 +146,9 @@ def score(
                         what = "without a verdict: not judged again, as verdicts stop rows (verify.stop)"
                         display.progress.message(f"{counted(lacking, 'sample')} {what}")
             try:
-                return _rejudge(claim, manifest, job, found, left, own, pool, display, stop)
+                scored = _rejudge(claim, manifest, job, found, left, own, pool, display, stop)
+                decides = any(not each.startswith(_LIMITS) for each in overrides)
+                return replace(scored, section=verify_section(manifest.fingerprint.settings) if decides else "")
             except OSError as error:
                 raise unwritable(path, error) from error
         finally:
@@ -162,9 +167,9 @@ def score_to(
     Raises the errors of `score`, and OutputError if the file cannot be written."""
     stop, display, folder = stop or Interruption(), _Display(progress or NullProgress()), OutputFolder(path)
     words = f"stopped: {target} is not written, and the same command begins from the start"
-    manifest = _manifest(folder)
+    manifest = manifest_to_judge(folder)
     check_target(folder, target, (".parquet",))
-    job = _job(folder, manifest, overrides)
+    job = job_to_judge(folder, manifest, overrides, display.progress.message)
     assert job.verify is not None
     pool = open_pool(job.verify)
     try:
@@ -200,35 +205,6 @@ def score_to(
     judged = count_ok(verdicts)
     silent = 0 < judged <= count_without_verdict(verdicts)
     return Scored(judged, 1, reasons, verdicts.num_rows, manifest.samples, right=right, silent=silent)
-
-
-def _manifest(folder: OutputFolder) -> Manifest:
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise without_manifest(folder)
-    return manifest
-
-
-def _job(folder: OutputFolder, manifest: Manifest, overrides: Sequence[str]) -> Job:
-    """Return the folder's job with the overrides applied. Raises UsageError if it has no verifier then, or cannot be judged
-    here."""
-    other = next((each for each in overrides if not each.startswith(("verify.", "verify="))), None)
-    if other is not None:
-        meant = f"; write verify.{other}" if other.partition("=")[0] in VerifyConfig.model_fields else ""
-        raise JobError(f"override `{other}`: only keys under verify can be given here, samples are not computed again{meant}")
-    given = read_job(folder, manifest)
-    verify = given.get("verify")
-    own = verify and verify["kind"]
-    job = Job.load(given, *overrides)
-    relative = own is not None and ".py" in own and not Path(own).is_absolute()
-    if relative and job.verify is not None and job.verify.kind == own and Path(manifest.working_folder) != Path.cwd():
-        raise JobError(f"verify.kind: {own} is relative to {manifest.working_folder}; run this command there")
-    stop = (manifest.job.get("verify") or {}).get("stop")
-    if job.verify is not None and job.to_dict()["verify"]["stop"] != stop:
-        raise JobError("verify.stop: rows stop while they are sampled, and nothing is sampled here; remove it from the command")
-    if job.verify is None:
-        raise JobError("the job of this folder has no verifier; name one: verify.kind=KIND verify.answer=COLUMN")
-    return job
 
 
 def _rejudge(
