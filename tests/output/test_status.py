@@ -144,7 +144,7 @@ def test_the_page_of_a_part_of_a_run_is_said_to_be_one(
         said = " ".join(capsys.readouterr().err.split())
         commands.status(out, as_json=True)
         shown = json.loads(capsys.readouterr().out)
-        assert (shown["state"], shown["samples"], shown["pending"], shown["estimates"]) == ("running", 6, 4, {})
+        assert (shown["state"], shown["samples"], shown["pending"], shown["estimates"]) == ("running", 6, 4, None)
         assert shown["pace"].keys() > {"running_seconds", "seconds_left"} and shown["shared"] is None
         assert said.endswith(f"incomplete: 2 of 6 samples so far{further}")
         write_rows(writer, samples(*((1, "ok", True),) * 4))
