@@ -110,6 +110,7 @@ MISTAKES = [
     (("export", "out"), r"error: --to FILE is missing; for example `tokabatch export out/quickstart --to samples\.parquet`"),
     (("export", "out", "-o", "a.csv"), "no option -o; the file to write is named by --to"),
     (("export", "out", "--to", "-", "--limit", "3"), "no option --limit; the options are --to, --nested, --columns, --where"),
+    (("run", Q, "other.yaml"), "override `other.yaml`: a command takes one job file"),
     (("plan", "generation.n=4", Q), r"generation\.n=4: is an override, and the job file comes before it: JOB\.yaml gener"),
     (("plan", Q, "promt.x=1"), r"promt: unknown key; did you mean `prompt`\?"),
     (("keys", "top"), r"did you mean `generation\.top_k` or `generation\.top_p`\?"),

@@ -134,7 +134,7 @@ class TestAccepted:
         path.write_text("model: {path: m}\ninput: {path: x}\noutput: {path: o}\nprompt: {template: {{ question }}}\n")
         with pytest.raises(JobError) as refused:
             Job.load(path)
-        assert str(refused.value).count("\n") == 0 and "quote text in {{ … }}" in str(refused.value)
+        assert str(refused.value).count("\n") == 0 and "a template needs quotes" in str(refused.value)
 
     @pytest.mark.parametrize("none", ["null", "~"])
     def test_an_optional_section_may_be_null(self, tmp_path: Path, none: str) -> None:
@@ -344,7 +344,15 @@ class TestRefusedFiles:
             ("prompt: template", 'for example `prompt: {template: "{{ template }}"}`'),
             ("prompt: 'template = {{ q }}'", 'for example `prompt: {template: "{{ q }}"}`'),
             ("prompt:\n  few_shot: {path: a}", "5: prompt.few_shot.template: missing; accepts text (a Jinja template)"),
-            ("prompt:\n  template: {{ question }}", "5: prompt.template: a key must be a single word"),
+            (
+                "prompt:\n  template: {{ question }}",
+                '5: prompt.template: a template needs quotes, because { begins a mapping: `template: "{{ question }}"`',
+            ),
+            (
+                "prompt: {template: {{ q }}}",
+                '4: prompt.template: a template needs quotes, because { begins a mapping: `template: "{{ q }}"`',
+            ),
+            ("prompt:\n  ? [a, b]\n  : c", "5: prompt: a key must be a single word, not a list or mapping"),
             ("verify: {kind: gsm9k, answer: a}", "4: verify.kind: there is no verifier `gsm9k`; did you mean `gsm8k`?"),
             (
                 "verify: {kind: gsm8k}",

@@ -108,3 +108,8 @@ def test_words_of_the_machine_are_explained_where_they_stand() -> None:
     )
     assert "60 steps (passes through the model) in" in page and "where prompts begin alike, the common part is computed" in page
     assert "memory for attention&#x27;s keys and values of the tokens so far, divided into 50 pages" in page
+
+
+def test_an_answer_that_occurs_once_is_not_called_the_most_frequent() -> None:
+    page = render_page(replace(OF_ROWS, hardest=[replace(HARD, answered=1)]))
+    assert "most frequent answer'>all different<" in page

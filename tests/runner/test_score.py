@@ -119,7 +119,10 @@ def test_a_judge_that_fails_everywhere_ends_as_a_run_of_it_does(
         assert (ended.value.code or 0) == code
         said = capsys.readouterr().out
         assert ("NO SAMPLE HAS A VERDICT" in said) == (code == EXIT_ERRORS)
-        assert beside or ("\n  estimated " in said and "pass@k by Chen" in said), "as `status` says it"
+        shown = (
+            r"\n  estimated +pass@k by Chen" if code == EXIT_COMPLETE else r"Verified\n  no estimate +no sample has a verdict\n"
+        )
+        assert beside or re.search(shown, said), "as `status` says it"
 
 
 @pytest.mark.parametrize("before", [OLD, None])
@@ -674,6 +677,7 @@ def test_beside_a_run_the_verdicts_go_into_a_file(rows: Path, judge: Path, tmp_p
         (tmp_path / "verdicts.csv", r"name a file that ends in \.parquet"),
         (out / "data" / "x.parquet", "lies among the run's own shards"),
         (tmp_path / "no" / "x.parquet", "does not exist; create it first"),
+        (judge / "x.parquet", r"\.py is not a folder"),
     ):
         with pytest.raises(OutputError, match=f"--to .*{told}"):
             score_to(out, wrong, overrides)

@@ -14,7 +14,7 @@ import yaml
 
 from tokabatch.errors import JobError
 from tokabatch.job.scalars import parse_scalar
-from tokabatch.job.yaml_faults import explain, hide_breaks, missing_space, show_breaks
+from tokabatch.job.yaml_faults import explain, hide_breaks, missing_space, quoted, show_breaks
 from tokabatch.number_text import counted
 
 MAX_CHARACTERS = 1 << 20
@@ -110,13 +110,23 @@ def _without_dash(key: yaml.ScalarNode, value: yaml.Node) -> str | None:
     return missing_space(value.value.partition(" -")[0])
 
 
+def _no_key(node: yaml.MappingNode, path: Path) -> str:
+    """What to say of a mapping with a key that is no text, as a template without quotes is."""
+    begin, end = node.start_mark, node.end_mark
+    source = begin.buffer[begin.index : end.index] if begin.buffer is not None else ""
+    if not source.startswith("{{"):
+        return "a key must be a single word, not a list or mapping"
+    key = f"{path[-1]}: " if path and isinstance(path[-1], str) else ""
+    return f"a template needs quotes, because {{ begins a mapping: `{key}{quoted(source)}`"
+
+
 def _construct(node: yaml.Node, path: Path, notes: _Notes) -> Any:
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                notes.problems.append((path, line, "a key must be a single word, not a list or mapping; quote text in {{ … }}"))
+                notes.problems.append((path, line, _no_key(node, path)))
                 continue
             key = show_breaks(key_node.value)
             key_path = (*path, key)

@@ -182,7 +182,9 @@ def _apply(draft: _Draft, override: str, number: int) -> None:
     key, equals, text = override.partition("=")
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):
-        draft.problems.append((_rank(number), f"override `{override}`: write key=value, for example generation.n=4"))
+        is_file = pathlib.Path(override).suffix in (".yaml", ".yml")
+        remedy = "a command takes one job file" if is_file else "write key=value, for example generation.n=4, without spaces"
+        draft.problems.append((_rank(number), f"override `{override}`: {remedy}"))
         return
     if not text.strip() and (remedy := _for_empty(draft.model, parts)):
         draft.problems.append((_rank(number), f"override `{override}`: has no value; write {remedy}"))

@@ -130,7 +130,7 @@ def _width(line: str) -> int:
     return len(line) - len(line.lstrip(" "))
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """In double quotes, where \\n is a newline, unless that would change the text."""
     return "'" + text.replace("'", "''") + "'" if re.search(r'"|\\[^nt]', text) else f'"{text}"'
 
@@ -192,7 +192,7 @@ def _template(fault: _Fault) -> tuple[int, str] | None:
     if (match := _TEMPLATE.match(fault.line)) is None or match.start("value") > fault.column:
         return None
     whole = _PAIR.fullmatch(fault.line)
-    example = f": `{whole['key']}: {_quoted(whole['value'])}`" if whole and whole["key"] == match["key"] else ""
+    example = f": `{whole['key']}: {quoted(whole['value'])}`" if whole and whole["key"] == match["key"] else ""
     return fault.row, f"a template needs quotes, because {{ begins a mapping{example}"
 
 
@@ -207,7 +207,7 @@ def _colon_in_value(fault: _Fault) -> tuple[int, str] | None:
     if two and two[1][0] in "'\"":
         return fault.row, f"two keys stand on one line; begin `{two[2]}` on a line of its own"
     other = f"; or, if that is a key, begin `{two[2]}` on a line of its own" if two else ""
-    advice = f"text that contains a colon and a space needs quotes: `{match['key']}: {_quoted(match['value'])}`"
+    advice = f"text that contains a colon and a space needs quotes: `{match['key']}: {quoted(match['value'])}`"
     return fault.row, advice + other
 
 
@@ -312,7 +312,7 @@ def _behind_quote(fault: _Fault) -> tuple[int, str] | None:
     if not match["value"].endswith(quote):
         return (
             fault.row,
-            f"text goes on behind its closing quote; put all of it in quotes: `{match['key']}: {_quoted(match['value'])}`",
+            f"text goes on behind its closing quote; put all of it in quotes: `{match['key']}: {quoted(match['value'])}`",
         )
     mended = inner.replace("'", "''") if quote == "'" else re.sub(r'(?<!\\)"', r'\\"', inner)
     remedy = f"`{match['key']}: {quote}{mended}{quote}`"
@@ -365,7 +365,7 @@ def _first_sign(fault: _Fault) -> tuple[int, str] | None:
     row, column = fault.start if at_start else (fault.row, fault.column)
     line = fault.lines[row]
     match = _PAIR.fullmatch(line)
-    example = f": `{match['key']}: {_quoted(match['value'])}`" if match and match.start("value") == column else ""
+    example = f": `{match['key']}: {quoted(match['value'])}`" if match and match.start("value") == column else ""
     return row, f"text that begins with {line[column : column + 1]} needs quotes{example}"
 
 

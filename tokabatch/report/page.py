@@ -147,6 +147,8 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         rows.append(("samples still to be judged; nothing is estimated before", f"{run.unjudged:,}", True))
     if run.estimates is not None and pending:
         rows.append(("of pass@k before all samples are there: short ones finish first", "no estimate", True))
+    elif run.estimates == () and not run.unjudged:
+        rows.append(("of pass@k: no sample has a verdict", "no estimate", True))
     if run.per_token is not None and len(run.per_token.of_texts):
         rows.append(("log-probability per token, all texts together", f"{run.per_token.mean:,.3f}", False))
         rows.append(("perplexity, all texts together", figure_text(math.exp(min(700.0, -run.per_token.mean))), False))
@@ -158,7 +160,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         share = run.cut_off / max(1, run.ok)
         rows.append(("of the samples cut off at max_tokens or the end of the context", f"{share:.0%}", False))
     rows += [("cancelled, their rows had stopped", f"{run.cancelled:,}", False)] if run.cancelled else []
-    rows += [("pending, still to be computed", f"{pending:,}", True)] if pending else []
+    rows += [("pending: the same `tokabatch run` again computes them", f"{pending:,}", True)] if pending else []
     seconds = float(elapsed(run.steps).max()) if len(run.steps.get("seconds", ())) else 0.0
     if s.get("earlier") and seconds and run.whole and not run.shared:
         # The summary covers the last start, the steps cover all. Tokens that a stop lost took time and count for nothing.

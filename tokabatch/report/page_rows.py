@@ -73,6 +73,8 @@ def _asked(row: HardRow, run: RunRecord) -> str:
 def _answer(row: HardRow) -> str:
     if not row.answered:
         return "none found"
+    if row.answered == 1 < row.samples:
+        return "all different"
     return f"{_cut(row.answer or '')} ({row.answered:,} of {row.samples:,})"
 
 

@@ -48,6 +48,9 @@ def read_findings(folder: OutputFolder, hardest: int) -> Findings:
         ok, verdict = arrays.pop("ok"), arrays.pop("verdict")
         if arrays.pop("unjudged").any() or (manifest is not None and manifest.samples > len(arrays["row"])):
             return Findings(())
+        if not scored and not verdict.any():
+            # No figure follows from none.
+            return Findings(())
         if scored:
             return Findings(estimate_choices(characters=arrays.pop("characters"), judged=Judged(**arrays)))
         judged = Judged(**arrays)

@@ -291,6 +291,8 @@ def verdict_sections(
         rows = [("no estimate", f"{samples_so_far(done, samples)}; {_PARTIAL}")]
     elif unjudged:
         rows = [("no estimate", f"{counted(unjudged, 'sample')} still to be judged")]
+    elif not estimates:
+        rows = [("no estimate", "no sample has a verdict")]
     return (Section("Verified", (*rows, *more)),)
 
 

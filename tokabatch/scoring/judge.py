@@ -238,7 +238,10 @@ class Judge:
                 columns = {name: value for name, value in returned.items() if name != "score"}
                 if unknown := [name for name in columns if name not in self._declared]:
                     verdict = "" if "score" in returned else "; the verdict itself is returned as 'score'"
-                    raise TypeError(f"it returned {unknown[0]!r}, which COLUMNS of its file does not declare{verdict}")
+                    value = columns[unknown[0]]
+                    kind = type(value).__name__ if type(value) in COLUMN_TYPES else "str"
+                    remedy = f'add "{unknown[0]}": {kind} to COLUMNS = {{...}} in its file'
+                    raise TypeError(f"it returned {unknown[0]!r}, a column that it does not declare; {remedy}{verdict}")
                 given = {name: value for name, value in columns.items() if value is not None}
                 columns = {name: _plain(value, name, self._declared[name]) for name, value in given.items()}
                 if "score" not in returned:

@@ -26,7 +26,7 @@ def ping(url: str, prompt: str, *, chat: bool, max_tokens: int, api_key: str | N
         try:
             text = json.loads(text)["error"]["message"]
         except (ValueError, LookupError, TypeError):
-            text = text[:200]
+            text = "not as a server of OpenAI's API does; check --url"
         kind = EngineError if error.code >= 500 else UsageError
         raise kind(f"{base} answers with status {error.code}: {text}") from error
     except OSError as error:
