@@ -62,11 +62,8 @@ _HOME = {
     "ProgressSnapshot": "tokabatch.report.progress",
     "RunSummary": "tokabatch.report.summary",
     **dict.fromkeys(("plan", "run"), "tokabatch.api"),
-    **dict.fromkeys(
-        ("DamageError", "EngineError", "InputError", "JobError", "ModelError", "OutputError", "Stopped", "TokabatchError"),
-        "tokabatch.errors",
-    ),
-    "UsageError": "tokabatch.errors",
+    **dict.fromkeys(("DamageError", "EngineError", "InputError", "JobError", "ModelError"), "tokabatch.errors"),
+    **dict.fromkeys(("OutputError", "Stopped", "TokabatchError", "UsageError"), "tokabatch.errors"),
 }
 
 

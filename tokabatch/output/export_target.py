@@ -22,9 +22,11 @@ def check_target(
         listed = " or ".join([", ".join(suffixes[:-1]), suffixes[-1]] if len(suffixes) > 1 else suffixes)
         stream = ", or - for standard output" if len(suffixes) > 1 else ""
         raise OutputError(f"{option} {target}: name a file that ends in {listed}{stream}")
-    if (above := _kind(target.absolute().parent, option)) != "folder":
-        fault = f"the folder {target.parent} does not exist; create it first"
-        raise OutputError(f"{option} {target}: {fault if above == 'absent' else f'{target.parent} is not a folder'}")
+    above = _kind(target.absolute().parent, option)
+    if above == "absent":
+        raise OutputError(f"{option} {target}: the folder {target.parent} does not exist; create it first")
+    if above != "folder":
+        raise OutputError(f"{option} {target}: {target.parent} is not a folder")
     kind = _kind(target, option)
     if kind == "folder":
         raise OutputError(f"{option} {target} is a folder; name a file in it")

@@ -1,7 +1,7 @@
 """The word in front of a message on standard error, in colour on a terminal.
 
 `note:` is something that the user may want to know, `warning:` something that may make results wrong or a run slow, `error:`
-what ended a command. A text that begins with none of them is a note, so whoever writes a warning writes the word as well.
+what ended a command. A text that begins with none of them is a note; the text of a warning or an error includes its word.
 """
 
 from __future__ import annotations

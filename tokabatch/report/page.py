@@ -160,7 +160,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, bool]]:
         share = run.cut_off / max(1, run.ok)
         rows.append(("of the samples cut off at max_tokens or the end of the context", f"{share:.0%}", False))
     rows += [("cancelled, their rows had stopped", f"{run.cancelled:,}", False)] if run.cancelled else []
-    rows += [("pending: the same `tokabatch run` again computes them", f"{pending:,}", True)] if pending else []
+    rows += [("pending; to compute them, run the same command again", f"{pending:,}", True)] if pending else []
     seconds = float(elapsed(run.steps).max()) if len(run.steps.get("seconds", ())) else 0.0
     if s.get("earlier") and seconds and run.whole and not run.shared:
         # The summary covers the last start, the steps cover all. Tokens that a stop lost took time and count for nothing.

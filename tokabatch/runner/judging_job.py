@@ -13,6 +13,7 @@ from tokabatch.output.manifest import Manifest, read_job, read_manifest, without
 
 
 def manifest_to_judge(folder: OutputFolder) -> Manifest:
+    """Return the folder's manifest. Raises OutputError if it has none."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise without_manifest(folder)

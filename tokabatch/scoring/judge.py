@@ -117,7 +117,6 @@ class Judge:
 
     def __init__(self, spec: JudgeSpec) -> None:
         module = _load(spec)
-        self._spec = spec
         self._file = getattr(module, "__file__", None)
         self._is_of_package = Path(self._file or "").parent == _VERIFIERS
         function = getattr(module, spec.function, None)
