@@ -174,7 +174,8 @@ def test_a_worker_that_meets_other_files_refuses_them_and_what_is_finished_stays
 
 def test_a_stopped_worker_is_replaced(model, rows, tmp_path, watched):
     run(job(model, rows, tmp_path / "calm", engine={"process": False}))
-    killer = Killer([signal.SIGSTOP], seed=2)
+    # Early: on a fast machine the run lasts for a fraction of a second.
+    killer = Killer([signal.SIGSTOP], seed=2, longest=0.05)
     summary = run(job(model, rows, tmp_path / "stopped", engine={"hang_seconds": 2.0}), killer)
     assert dict(summary.restarts) == {"hung": 1}
     assert table(tmp_path / "stopped") == table(tmp_path / "calm")
